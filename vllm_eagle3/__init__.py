@@ -1,0 +1,7 @@
+"""Dynamic EAGLE-3 draft trees for vLLM.
+
+Importing this package loads neither torch nor vLLM; vLLM finds the plugin through
+the entry point ``vllm.general_plugins``.
+"""
+
+__version__ = "0.1.0"
