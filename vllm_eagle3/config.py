@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 MAX_NODES = 64  # one int64 word of ancestor bits for each node
+MAX_EXPANDED = 64  # likewise for the draft's own attention, over the nodes it expands
 
 _DEFAULT_DEPTH = 6
 _DEFAULT_TOP_K = 8
@@ -25,7 +26,8 @@ class TreeConfig:
 
     Raises:
         ValueError: a size that is not a positive integer, or more draft tokens than
-            ``depth`` levels of ``top_k`` can make or than one 64-bit mask holds.
+            ``depth`` levels of ``top_k`` can make or than one 64-bit mask holds, or more
+            expanded nodes than one holds.
     """
 
     num_speculative_tokens: int
@@ -37,9 +39,7 @@ class TreeConfig:
             value = getattr(self, name)
             # bool is an int to Python, and `"depth": true` is a mistake worth naming.
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"{_path(name)} must be an integer of at least 1, got {value!r}"
-                )
+                raise ValueError(f"{_path(name)} must be an integer of at least 1, got {value!r}")
         if self.num_nodes > MAX_NODES:
             raise ValueError(
                 f"num_speculative_tokens={self.num_speculative_tokens} is more than a tree "
@@ -50,6 +50,12 @@ class TreeConfig:
                 f"num_speculative_tokens={self.num_speculative_tokens} is more than a tree of "
                 f"depth={self.depth} and top_k={self.top_k} can make "
                 f"({self.num_candidates} nodes): lower it, or raise tree.depth or tree.top_k"
+            )
+        if self.num_expanded > MAX_EXPANDED:
+            raise ValueError(
+                f"tree.depth={self.depth} and tree.top_k={self.top_k} expand "
+                f"(depth - 1) * top_k = {self.num_expanded} nodes, more than {MAX_EXPANDED}: "
+                f"lower tree.depth or tree.top_k"
             )
 
     @classmethod
