@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 # The CPU build of torch carries a local version (+cpu); where one can be had, pip prefers it.
 TORCH_CPU := torch==2.13.0
 DEVICE := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
