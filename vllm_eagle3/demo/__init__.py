@@ -1,0 +1,1 @@
+"""The demonstration pair: a small target and its trained head."""
