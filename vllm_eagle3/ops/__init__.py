@@ -1,0 +1,25 @@
+"""Fast versions of :mod:`vllm_eagle3.tree`, and the attention kernels.
+
+Each operation checks its arguments and then runs the implementation that ``impl`` names:
+``torch``, ``triton``, or ``auto``, which is Triton on a GPU and torch elsewhere.
+"""
+
+from vllm_eagle3.ops.accepted_row_index import accepted_row_index
+from vllm_eagle3.ops.compact_kv import KVCacheTable, compact_kv
+from vllm_eagle3.ops.dispatch import Impl
+from vllm_eagle3.ops.draft_topk import draft_topk
+from vllm_eagle3.ops.gather_tree_rows import gather_tree_rows
+from vllm_eagle3.ops.tree_attention import finish_tree_attention, tree_attention
+from vllm_eagle3.ops.verify_tree import verify_tree
+
+__all__ = [
+    "Impl",
+    "KVCacheTable",
+    "accepted_row_index",
+    "compact_kv",
+    "draft_topk",
+    "finish_tree_attention",
+    "gather_tree_rows",
+    "tree_attention",
+    "verify_tree",
+]

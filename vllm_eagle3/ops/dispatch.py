@@ -1,0 +1,73 @@
+"""Which implementation of an operation runs, and the checks that all operations share."""
+
+from typing import Literal
+
+import torch
+
+Impl = Literal["auto", "torch", "triton"]
+
+
+def resolve(impl: Impl, device: torch.device) -> Literal["torch", "triton"]:
+    """The implementation to run for tensors on ``device``.
+
+    ``auto`` is Triton on a GPU and torch elsewhere: Triton's interpreter, the only way to
+    run its kernels without a GPU, is for tests.
+
+    Raises:
+        ValueError: an unknown name, or ``triton`` where its kernels cannot run.
+    """
+    if impl == "auto":
+        return "triton" if device.type == "cuda" else "torch"
+    if impl not in ("torch", "triton"):
+        raise ValueError(f'impl must be "auto", "torch" or "triton", got {impl!r}')
+    if impl == "triton" and device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f'impl="triton" cannot run on {device.type} tensors: use impl="auto", or set '
+            "TRITON_INTERPRET=1 before triton is imported to test the kernels without a GPU"
+        )
+    return impl
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter, on the CPU."""
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_same_device(**tensors: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless all tensors are on one device."""
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"all tensors must be on one device: {found}")
+
+
+def check_vector(name: str, tensor: torch.Tensor, min_length: int, *dtypes: torch.dtype) -> None:
+    """Raise ``ValueError`` unless contiguous, 1-d, long enough and of one of the types."""
+    if tensor.dim() != 1 or tensor.shape[0] < min_length or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be a contiguous vector of at least {min_length} elements, got shape "
+            f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+    _check_dtype(name, tensor, dtypes)
+
+
+def check_matrix(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
+    """Raise ``ValueError`` unless contiguous, 2-d and of one of the types."""
+    if tensor.dim() != 2 or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be a contiguous matrix, got shape {tuple(tensor.shape)} with strides "
+            f"{tensor.stride()}"
+        )
+    _check_dtype(name, tensor, dtypes)
+
+
+def _check_dtype(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
