@@ -1,0 +1,81 @@
+"""The engine configurations that a benchmark compares."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from vllm_eagle3.config import TreeConfig
+
+_PLUGIN_GROUP = "vllm.general_plugins"
+_PLUGIN = "vllm_eagle3.engine.plugin:register"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Plain decoding, vLLM's chain of drafts, or a draft tree.
+
+    Attributes:
+        name: unique in a benchmark, e.g. ``plain``, ``chain-5``, ``tree-32``.
+        num_speculative_tokens: draft tokens for each target forward; None decodes plainly.
+        tree: the ``tree`` key of the speculative config; None asks for the chain.
+    """
+
+    name: str
+    num_speculative_tokens: int | None = None
+    tree: dict[str, int] | bool | None = None
+
+    def speculative_config(self, head: str) -> dict[str, Any] | None:
+        """What a user would pass to ``LLM(speculative_config=...)``."""
+        if self.num_speculative_tokens is None:
+            return None
+        config: dict[str, Any] = {
+            "method": "eagle3",
+            "model": head,
+            "num_speculative_tokens": self.num_speculative_tokens,
+        }
+        if self.tree is not None:
+            config["tree"] = self.tree
+        return config
+
+
+PLAIN = Configuration("plain")
+
+
+def chain(num_speculative_tokens: int) -> Configuration:
+    """vLLM's own chain of ``num_speculative_tokens`` drafts."""
+    return Configuration(f"chain-{num_speculative_tokens}", num_speculative_tokens)
+
+
+def tree(
+    num_speculative_tokens: int, depth: int | None = None, top_k: int | None = None
+) -> Configuration:
+    """A draft tree; without ``depth`` and ``top_k`` of the default shape.
+
+    Raises:
+        ValueError: a shape that no tree can have.
+    """
+    shape = {key: value for key, value in (("depth", depth), ("top_k", top_k)) if value is not None}
+    TreeConfig.from_dict(shape or True, num_speculative_tokens)
+    return Configuration(
+        f"tree-{num_speculative_tokens}", num_speculative_tokens, tree=shape or True
+    )
+
+
+def check_plugin(configurations: Sequence[Configuration]) -> None:
+    """Refuse trees where vLLM will not find the plugin.
+
+    vLLM finds plugins through installed metadata only: a checkout on ``PYTHONPATH`` can be
+    imported, yet registers nothing.
+
+    Raises:
+        ValueError: a configuration asks for a tree, and the entry point is not installed.
+    """
+    if not any(configuration.tree is not None for configuration in configurations):
+        return
+    if not any(point.value == _PLUGIN for point in entry_points(group=_PLUGIN_GROUP)):
+        raise ValueError(
+            f"draft trees need vllm_eagle3 registered as a vLLM plugin, but no installed package"
+            f" offers the entry point {_PLUGIN!r} in {_PLUGIN_GROUP!r}: run `pip install .` in"
+            " the repository (PYTHONPATH alone registers nothing)"
+        )

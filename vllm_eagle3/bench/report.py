@@ -1,0 +1,90 @@
+"""The acceptance benchmark's results as Markdown."""
+
+from collections.abc import Sequence
+from typing import Any
+
+_TITLES = {"mt_bench": "MT-bench", "humaneval": "HumanEval", "gsm8k": "GSM8K"}
+_FAILED = "failed"
+
+
+def render(results: dict[str, Any]) -> str:
+    """Two tables (tau, identity with plain decoding) and every error, ready for a README."""
+    configurations = results["configurations"]
+    drafting = [entry for entry in configurations if entry["num_speculative_tokens"]]
+    cells = [(cell["dataset"], cell["temperature"]) for cell in results["cells"]]
+    header = ["configuration", *(f"{_TITLES.get(d, d)}, T={t:g}" for d, t in cells)]
+    parts = [
+        "Mean acceptance length tau: tokens for each target forward.",
+        _table(header, [[_label(e), *(_tau(e, *cell) for cell in cells)] for e in drafting]),
+    ]
+    if any("identity" in cell for entry in configurations for cell in entry["cells"]):
+        parts += [
+            "Turns with the very tokens of plain decoding, of those compared.",
+            _table(
+                header, [[_label(e), *(_identity(e, *cell) for cell in cells)] for e in drafting]
+            ),
+        ]
+    gap = _largest_gap(drafting)
+    if gap is not None:
+        parts.append(
+            f"At T=0, where outputs part, plain decoding's two best logits differ by {gap:.3g}"
+            " at most."
+        )
+    for entry in configurations:
+        if entry["skipped"]:
+            parts.append(
+                f"`{entry['name']}` skipped {len(entry['skipped'])} turns whose prompts do not fit"
+                " into max_model_len."
+            )
+        if entry["error"]:
+            parts.append(f"`{entry['name']}` {_FAILED}:\n\n```\n{entry['error']}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _label(entry: dict[str, Any]) -> str:
+    count = entry["num_speculative_tokens"]
+    if entry["tree"] is None:
+        return f"chain, {count} drafts"
+    shape = entry["shape"]
+    return f"tree, {count} drafts (depth {shape['depth']}, top-k {shape['top_k']})"
+
+
+def _find(entry: dict[str, Any], dataset: str, temperature: float) -> dict[str, Any] | None:
+    for cell in entry["cells"]:
+        if (cell["dataset"], cell["temperature"]) == (dataset, temperature):
+            return cell
+    return None
+
+
+def _tau(entry: dict[str, Any], dataset: str, temperature: float) -> str:
+    cell = _find(entry, dataset, temperature)
+    if cell is None:
+        return _FAILED
+    return "-" if cell["tau"] is None else f"{cell['tau']:.2f}"
+
+
+def _identity(entry: dict[str, Any], dataset: str, temperature: float) -> str:
+    cell = _find(entry, dataset, temperature)
+    if cell is None:
+        return _FAILED
+    identity = cell.get("identity")
+    return f"{identity['identical']}/{identity['compared']}" if identity else "-"
+
+
+def _largest_gap(entries: Sequence[dict[str, Any]]) -> float | None:
+    return max(
+        (
+            divergence["gap"]
+            for entry in entries
+            for cell in entry["cells"]
+            if cell["temperature"] == 0
+            for divergence in cell.get("identity", {}).get("divergences", ())
+            if "gap" in divergence
+        ),
+        default=None,
+    )
