@@ -1,0 +1,91 @@
+"""The format of training data: token shards that synthesis writes and training reads.
+
+A shard is one safetensors file of D documents and T tokens:
+
+    tokens     int32 [T]    the documents one after another
+    offsets    int64 [D+1]  document d is tokens[offsets[d]:offsets[d + 1]]
+    assistant  uint8 [T]    1 where the assistant wrote the token
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METADATA_FILE = "metadata.json"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One conversation: token ids and, of the same length, what the assistant wrote."""
+
+    tokens: np.ndarray
+    assistant: np.ndarray
+
+
+def write_shard(path: Path, documents: Sequence[Document]) -> None:
+    """Write a shard; ``path`` never holds half of one."""
+    from safetensors.numpy import save_file
+
+    lengths = [len(document.tokens) for document in documents]
+    arrays = {
+        "tokens": np.concatenate([d.tokens for d in documents]).astype(np.int32),
+        "offsets": np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
+        "assistant": np.concatenate([d.assistant for d in documents]).astype(np.uint8),
+    }
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(arrays, scratch)
+    os.replace(scratch, path)
+
+
+def read_shard(path: Path) -> list[Document]:
+    """Read a shard.
+
+    Raises:
+        ValueError: the file is truncated, or is not a shard.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays = load_file(path)
+        tokens, offsets = arrays["tokens"], arrays["offsets"]
+        assistant = arrays["assistant"].astype(bool)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is not a shard of training data ({error}): delete it") from error
+    if offsets[-1] != len(tokens) or len(tokens) != len(assistant):
+        raise ValueError(f"the arrays of {path} do not match: delete it")
+    return [
+        Document(tokens[start:end], assistant[start:end])
+        for start, end in zip(offsets[:-1], offsets[1:], strict=True)
+    ]
+
+
+def read_corpus(data_dir: Path) -> list[Document]:
+    """All documents of ``data_dir``, in the order of the shards' names.
+
+    Raises:
+        ValueError: there is no shard.
+    """
+    documents = [d for path in shard_paths(data_dir) for d in read_shard(path)]
+    if not documents:
+        raise ValueError(
+            f"{data_dir} holds no training data: make some with `vllm-eagle3 data synth`"
+        )
+    return documents
+
+
+def shard_paths(data_dir: Path) -> Iterator[Path]:
+    """The shards of ``data_dir``, sorted by name."""
+    yield from sorted(Path(data_dir).glob("shard-*.safetensors"))
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace ``path`` in one step."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(scratch, path)

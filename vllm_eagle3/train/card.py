@@ -1,0 +1,78 @@
+"""The model card that goes with a head."""
+
+from pathlib import Path
+from typing import Any
+
+from vllm_eagle3.corpus import METADATA_FILE
+
+
+def model_card(facts: dict[str, Any], data_dir: Path) -> str:
+    """Markdown from the facts of a run and, where there is one, the data's own account.
+
+    Args:
+        facts: as the trainer writes them to ``training.json``.
+        data_dir: where the data's ``metadata.json`` may lie.
+    """
+    import json
+
+    config, evaluation = facts["config"], facts["evaluation"]
+    data = {}
+    if (data_dir / METADATA_FILE).is_file():
+        data = json.loads((data_dir / METADATA_FILE).read_text())
+    name = Path(facts["target"]).name
+    rows = "\n".join(
+        f"| {step} | {loss:.3f} | {100 * accuracy:.1f} % | {100 * accepted:.1f} % |"
+        for step, (loss, accuracy, accepted) in enumerate(
+            zip(
+                evaluation["losses"], evaluation["accuracy"], evaluation["accepted"], strict=True
+            ),
+            1,
+        )
+    )
+    return f"""---
+license: apache-2.0
+library_name: vllm
+tags: [eagle3, speculative-decoding]
+---
+
+# EAGLE-3 head for {name}
+
+A draft head for speculative decoding, trained with `vllm-eagle3 train`. vLLM loads it with
+`"method": "eagle3"`, as a chain or (with the plugin `vllm-eagle3`) as a dynamic tree.
+
+## Data
+
+Written by the target itself: {data.get("description", "user turns and answers.")}
+{facts["documents"]:,} documents, {facts["tokens"]:,} tokens, of which the assistant wrote
+{facts["assistant_tokens"]:,}. Draft vocabulary: the {config["draft_vocab_size"]:,} most frequent
+of those, {100 * facts["coverage"]:.2f} % of what the assistant wrote.
+{_counts(data)}
+## Training
+
+Training-time test with {config["num_ttt_steps"]} steps, decay {config["ttt_decay"]}; AdamW,
+peak learning rate {config["learning_rate"]:g}, clip {config["clip"]}, about
+{config["batch_tokens"]:,} tokens a step; {facts["steps"]:,} steps, {facts["tokens_seen"]:,} tokens
+seen, {facts["seconds"] / 60:.1f} minutes on {facts["device"]}, seed {config["seed"]}.
+
+## Held-out measures
+
+On documents kept out of training (sampled text, every position as the root):
+
+| draft step | loss | most likely token agrees | all drafts so far equal the text |
+|---|---|---|---|
+{rows}
+
+A greedy chain of {len(evaluation["accepted"])} drafts would emit {evaluation["chain_tau"]:.2f} tokens for
+each forward pass of the target on this text.
+
+## Licence
+
+Apache-2.0. The target SmolLM2 is Apache-2.0 as well.
+"""
+
+
+def _counts(data: dict[str, Any]) -> str:
+    if not data.get("documents_by_kind"):
+        return ""
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in data["documents_by_kind"].items())
+    return f"Documents by kind: {kinds}. Dropped: {data.get('dropped', {})}.\n"

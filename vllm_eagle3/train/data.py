@@ -1,0 +1,93 @@
+"""Documents to batches: right-padded, of similar length, within a token budget.
+
+Padding on the right needs no attention mask: no slot of a document sees a later one, and
+the loss skips padding. Documents are sorted by length within a shuffled window, which
+keeps the padding at a few percent, and the batches are shuffled again.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_eagle3.corpus import Document
+
+_WINDOW_BATCHES = 16
+_LENGTH_MULTIPLE = 64  # few distinct shapes, whole tiles
+
+
+@dataclass
+class TokenBatch:
+    """``tokens_BT`` int64, ``assistant_BT`` bool (False on padding)."""
+
+    tokens_BT: torch.Tensor
+    assistant_BT: torch.Tensor
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        return TokenBatch(
+            self.tokens_BT.to(device, non_blocking=True),
+            self.assistant_BT.to(device, non_blocking=True),
+        )
+
+
+def split_held_out(
+    documents: Sequence[Document], share: float, seed: int
+) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents; at least one of each.
+
+    Raises:
+        ValueError: fewer than two documents.
+    """
+    if len(documents) < 2:
+        raise ValueError("training needs at least two documents: synthesise more data")
+    order = np.random.default_rng(seed).permutation(len(documents))
+    num_held_out = min(max(1, round(share * len(documents))), len(documents) - 1)
+    held_out = [documents[i] for i in order[:num_held_out]]
+    return [documents[i] for i in order[num_held_out:]], held_out
+
+
+def epoch_batches(
+    documents: Sequence[Document], batch_tokens: int, max_length: int, seed: int
+) -> Iterator[TokenBatch]:
+    """All documents once, in an order that ``seed`` fixes.
+
+    Args:
+        batch_tokens: most tokens of a batch, padding included.
+        max_length: longer documents are cut; at most ``batch_tokens``.
+    """
+    max_length = min(max_length, batch_tokens)
+    rng = np.random.default_rng(seed)
+    lengths = np.array([min(len(d.tokens), max_length) for d in documents])
+    order = rng.permutation(len(documents))
+    window = max(1, int(_WINDOW_BATCHES * batch_tokens / lengths.mean()))
+    groups: list[np.ndarray] = []
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        groups += _cut(part[np.argsort(-lengths[part], kind="stable")], lengths, batch_tokens)
+    for group in rng.permutation(len(groups)):
+        yield _pad([documents[i] for i in groups[group]], max_length)
+
+
+def _cut(longest_first: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    groups, start = [], 0
+    while start < len(longest_first):
+        rows = max(1, batch_tokens // _padded(lengths[longest_first[start]]))
+        groups.append(longest_first[start : start + rows])
+        start += rows
+    return groups
+
+
+def _padded(length: int) -> int:
+    return -(-int(length) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+
+
+def _pad(documents: Sequence[Document], max_length: int) -> TokenBatch:
+    width = min(_padded(max(len(d.tokens) for d in documents)), max_length)
+    tokens_BT = np.zeros((len(documents), width), dtype=np.int64)
+    assistant_BT = np.zeros((len(documents), width), dtype=bool)
+    for row, document in enumerate(documents):
+        length = min(len(document.tokens), width)
+        tokens_BT[row, :length] = document.tokens[:length]
+        assistant_BT[row, :length] = document.assistant[:length]
+    return TokenBatch(torch.from_numpy(tokens_BT), torch.from_numpy(assistant_BT))

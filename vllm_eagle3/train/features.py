@@ -1,0 +1,96 @@
+"""What the target says about a batch: captured states and logits, computed on the fly."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vllm_eagle3.train.data import TokenBatch
+from vllm_eagle3.train.ttt import TTTBatch
+
+_CHUNK_ROWS = 4096
+
+
+class Target:
+    """A frozen Llama, run in the training process."""
+
+    def __init__(self, model: nn.Module, aux_layer_ids: tuple[int, int, int]) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.aux_layer_ids = aux_layer_ids
+        self._captured: dict[int, torch.Tensor] = {}
+        for layer_id in aux_layer_ids:
+            # A hook on the layer *entered* sees exactly vLLM's capture (residual added).
+            self.model.model.layers[layer_id].register_forward_pre_hook(
+                self._capture(layer_id), with_kwargs=True
+            )
+
+    @property
+    def config(self):  # noqa: ANN201
+        """The Transformers config of the target."""
+        return self.model.config
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[vocab, H] in the target's dtype."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def output_matrix(self) -> torch.Tensor:
+        """[vocab, H]: the language-model head's weight."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def final_norm(self) -> torch.Tensor:
+        """[H]: the weight of the norm before the head."""
+        return self.model.model.norm.weight
+
+    @torch.no_grad()
+    def read(self, batch: TokenBatch, draft_token_ids: torch.Tensor, t2d: torch.Tensor) -> TTTBatch:
+        """Run the target over ``batch``.
+
+        Args:
+            draft_token_ids: int64 [V], the draft vocabulary.
+            t2d: bool [vocab], membership in it.
+        """
+        # Right-padded and causal: without a mask Transformers takes its fast causal kernel.
+        hidden_BTH = self.model.model(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
+        features = [self._captured.pop(layer_id) for layer_id in self.aux_layer_ids]
+        hidden_PH = hidden_BTH.flatten(0, 1)
+        logits_PV = hidden_PH.new_empty(len(hidden_PH), len(draft_token_ids))
+        covered_P = torch.empty(len(hidden_PH), dtype=torch.bool, device=hidden_PH.device)
+        for start in range(0, len(hidden_PH), _CHUNK_ROWS):
+            part = slice(start, start + _CHUNK_ROWS)
+            logits = hidden_PH[part] @ self.output_matrix.T
+            covered_P[part] = t2d[logits.argmax(-1)]
+            logits_PV[part] = logits[:, draft_token_ids]
+        shape = batch.tokens_BT.shape
+        return TTTBatch(
+            tokens_BT=batch.tokens_BT,
+            assistant_BT=batch.assistant_BT,
+            features_BTF=torch.cat(features, -1),
+            target_logits_BTV=logits_PV.view(*shape, -1),
+            covered_BT=covered_P.view(shape),
+        )
+
+    def _capture(self, layer_id: int):  # noqa: ANN202
+        def hook(_layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._captured[layer_id] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+
+def load_target(path: str | Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Load a Llama checkpoint from a folder or a hub name.
+
+    Raises:
+        ValueError: the model is not a Llama.
+    """
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != "llama":
+        raise ValueError(
+            f"target {str(path)!r} is of type {config.model_type!r}: heads can be trained for "
+            "'llama' targets"
+        )
+    return LlamaForCausalLM.from_pretrained(path, config=config, dtype=dtype).to(device)

@@ -1,0 +1,391 @@
+"""The training loop: data in, head out."""
+
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_eagle3.corpus import read_corpus, write_json
+from vllm_eagle3.train.card import model_card
+from vllm_eagle3.train.data import TokenBatch, epoch_batches, split_held_out
+from vllm_eagle3.train.export import export
+from vllm_eagle3.train.features import Target, load_target
+from vllm_eagle3.train.initialise import initialise
+from vllm_eagle3.train.model import Eagle3Head, HeadConfig
+from vllm_eagle3.train.ttt import TTTResult, ttt_loss
+from vllm_eagle3.train.vocabulary import frequent_tokens
+
+STATE_FILE = "training_state.pt"
+LOG_FILE = "training_log.jsonl"
+_BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults suit a head of about 10 million parameters.
+
+    The learning rate is some ten times the 5e-5..1e-4 that the EAGLE papers use for heads
+    of 1e8..1e9 parameters: the usual peak of a small Transformer trained from scratch falls
+    with its width (576 here against 4096), and clipping at 0.5 bounds the early steps.
+
+    Attributes:
+        draft_vocab_size: tokens that the head can predict.
+        batch_tokens: tokens of an optimiser step, padding included.
+        max_length: longer documents are cut.
+        epochs: passes over the data, at most.
+        steps: optimiser steps, at most; None for no limit.
+        minutes: wall-clock limit; the schedule ends with it. None for no limit.
+        learning_rate: peak, after ``warmup`` (share of the run), cosine to a tenth.
+        num_ttt_steps, ttt_decay: K and the decay of algorithm `ttt`.
+        held_out: share of the documents kept for evaluation.
+        attention: ``"flash"`` or ``"math"``.
+    """
+
+    draft_vocab_size: int = 8192
+    batch_tokens: int = 32768
+    max_length: int = 2048
+    epochs: int = 3
+    steps: int | None = None
+    minutes: float | None = None
+    learning_rate: float = 8e-4
+    warmup: float = 0.03
+    clip: float = 0.5
+    num_ttt_steps: int = 7
+    ttt_decay: float = 0.8
+    held_out: float = 0.01
+    eval_batches: int = 8
+    log_every: int = 10
+    eval_every: int = 500
+    save_every: int = 500
+    seed: int = 0
+    attention: str = "flash"
+
+    def __post_init__(self) -> None:
+        for name in ("draft_vocab_size", "batch_tokens", "max_length", "epochs", "num_ttt_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("steps", "minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be positive, or left out for no limit")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        if self.attention not in ("flash", "math"):
+            raise ValueError(f"attention={self.attention!r}: use 'flash' or 'math'")
+
+
+def run(
+    target: str | Path,
+    data_dir: Path,
+    out_dir: Path,
+    config: TrainConfig | None = None,
+    device: str | None = None,
+    resume: bool = False,
+) -> Path:
+    """Train a head for ``target`` on ``data_dir`` and write it to ``out_dir``.
+
+    ``out_dir`` gets the checkpoint with its model card, a log of JSON lines, and a state to
+    resume from.
+
+    Args:
+        target: a Llama checkpoint, folder or hub name.
+        data_dir: shards of ``vllm-eagle3 data synth``.
+        device: ``"cuda"``, ``"cpu"``; None takes CUDA where there is some.
+        resume: go on from ``out_dir``'s state; the data and the config must be the same.
+
+    Returns:
+        ``out_dir``.
+
+    Raises:
+        ValueError: no data, an unsuitable target, or a state of another configuration.
+    """
+    config = config or TrainConfig()
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return _Trainer(target, Path(data_dir), Path(out_dir), config, chosen).train(resume)
+
+
+class _Trainer:
+    def __init__(
+        self,
+        target: str | Path,
+        data_dir: Path,
+        out_dir: Path,
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        self.config, self.out_dir, self.device = config, out_dir, device
+        self.target_name, self.data_dir = str(target), data_dir
+        out_dir.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(config.seed)
+        corpus = read_corpus(data_dir)
+        self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
+        # Half precision only where it is fast; the master weights are float32 everywhere.
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = load_target(target, device, self.dtype)
+        head_config = HeadConfig.from_target(model.config, config.draft_vocab_size)
+        self.target = Target(model, head_config.aux_layer_ids)
+        ids, self.coverage = frequent_tokens(
+            self.documents,
+            head_config.vocab_size,
+            config.draft_vocab_size,
+            always=_special_tokens(model),
+        )
+        self.head = Eagle3Head(head_config, self.target.embedding, ids).to(device)
+        self.draft_token_ids = ids.to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.head.parameters(),
+            lr=config.learning_rate,
+            betas=_BETAS,
+            weight_decay=0.0,
+            fused=device.type == "cuda",
+        )
+        self.step = 0
+        self.tokens_seen = 0
+        self.seconds_before = 0.0
+        self.evaluation: dict[str, Any] = {}
+
+    def train(self, resume: bool) -> Path:
+        if resume:
+            self._load_state()
+        else:
+            (self.out_dir / LOG_FILE).unlink(missing_ok=True)
+            first = next(self._batches(0))
+            initialise(self.head, self.target, self.target.read(
+                first, self.draft_token_ids, self.head.t2d))
+        self._log(
+            event="start",
+            config=asdict(self.config),
+            documents=len(self.documents),
+            coverage=self.coverage,
+            parameters=sum(p.numel() for p in self.head.parameters()),
+        )
+        self._loop()
+        self._evaluate()
+        self._save_state()
+        return export(self.head, self.out_dir, self._card())
+
+    def _loop(self) -> None:
+        from tqdm import tqdm
+
+        total_steps = self._total_steps()
+        self.started = time.monotonic()
+        bar = tqdm(total=100, unit="%", desc="training", disable=not sys.stderr.isatty())
+        for batch in self._batches(self.step):
+            progress = self._progress(total_steps)
+            if progress >= 1:
+                break
+            result, grad_norm = self._optimise(batch, progress)
+            self.step += 1
+            self.tokens_seen += batch.tokens_BT.numel()
+            if self.step % self.config.log_every == 0:
+                self._log_step(result, grad_norm, progress)
+                bar.set_postfix(loss=f"{result.loss.item():.3f}", step=self.step)
+            bar.update(int(100 * progress) - bar.n)
+            if self.step % self.config.eval_every == 0:
+                self._evaluate()
+            if self.step % self.config.save_every == 0:
+                self._save_state()
+        bar.close()
+
+    def _optimise(self, batch: TokenBatch, progress: float) -> tuple[TTTResult, torch.Tensor]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * _schedule(progress, self.config.warmup)
+        result = self._forward(batch)
+        result.loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return result, grad_norm
+
+    def _forward(self, batch: TokenBatch) -> TTTResult:
+        read = self.target.read(batch, self.draft_token_ids, self.head.t2d)
+        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+            return ttt_loss(
+                self.head,
+                read,
+                self.config.num_ttt_steps,
+                self.config.ttt_decay,
+                self.config.attention,
+            )
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        batches = epoch_batches(
+            self.held_out, self.config.batch_tokens, self.config.max_length, self.config.seed
+        )
+        results = [
+            self._forward(batch.to(self.device))
+            for batch in itertools.islice(batches, self.config.eval_batches)
+        ]
+        if not all(torch.isfinite(r.losses_K).all() for r in results):
+            raise RuntimeError(
+                f"the loss is not finite at step {self.step}: lower learning_rate, and resume "
+                f"from {self.out_dir / STATE_FILE} or start anew"
+            )
+
+        def mean(name: str) -> list[float]:
+            return torch.stack([getattr(r, name) for r in results]).mean(0).tolist()
+
+        self.evaluation = {
+            "losses": mean("losses_K"),
+            "accuracy": mean("accuracy_K"),
+            "accepted": mean("accepted_K"),
+        }
+        self.evaluation["chain_tau"] = 1 + sum(self.evaluation["accepted"])
+        self._log(event="evaluation", step=self.step, **_rounded(self.evaluation))
+
+    def _batches(self, start: int) -> Iterator[TokenBatch]:
+        """All batches of the run from batch ``start`` on; the order depends on the seed only."""
+
+        def all_batches() -> Iterator[TokenBatch]:
+            for epoch in range(self.config.epochs):
+                yield from epoch_batches(
+                    self.documents,
+                    self.config.batch_tokens,
+                    self.config.max_length,
+                    self.config.seed * 1000 + epoch,
+                )
+
+        for batch in itertools.islice(all_batches(), start, None):
+            yield batch.to(self.device)
+
+    def _total_steps(self) -> int:
+        per_epoch = sum(
+            1
+            for _ in epoch_batches(
+                self.documents,
+                self.config.batch_tokens,
+                self.config.max_length,
+                self.config.seed * 1000,
+            )
+        )
+        by_data = per_epoch * self.config.epochs
+        return by_data if self.config.steps is None else min(by_data, self.config.steps)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _progress(self, total_steps: int) -> float:
+        """Share of the run that is over, by steps or by time, whichever ends first."""
+        progress = self.step / total_steps
+        if self.config.minutes is not None:
+            progress = max(progress, self._seconds() / (60 * self.config.minutes))
+        return progress
+
+    def _log_step(self, result: TTTResult, grad_norm: torch.Tensor, progress: float) -> None:
+        self._log(
+            event="step",
+            step=self.step,
+            progress=round(progress, 4),
+            seconds=round(self._seconds(), 1),
+            tokens_per_second=round(self.tokens_seen / self._seconds()),
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            grad_norm=round(float(grad_norm), 4),
+            **_rounded(
+                {
+                    "loss": float(result.loss),
+                    "losses": result.losses_K.tolist(),
+                    "accuracy": result.accuracy_K.tolist(),
+                    "accepted": result.accepted_K.tolist(),
+                }
+            ),
+        )
+
+    def _log(self, **entry: Any) -> None:
+        line = json.dumps(entry)
+        with (self.out_dir / LOG_FILE).open("a") as file:
+            file.write(line + "\n")
+        if not sys.stderr.isatty():
+            print(line, flush=True)
+
+    def _save_state(self) -> None:
+        path = self.out_dir / STATE_FILE
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        torch.save(
+            {
+                "config": asdict(self.config),
+                "head": self.head.state_dict(),
+                "feature_scale": self.head.feature_scale_F,
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "tokens_seen": self.tokens_seen,
+                "seconds": self._seconds(),
+            },
+            scratch,
+        )
+        os.replace(scratch, path)
+
+    def _load_state(self) -> None:
+        path = self.out_dir / STATE_FILE
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist: start without resume")
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        # Limits and intervals may change between parts of a run; what shapes it may not.
+        free = {"epochs", "steps", "minutes", "log_every", "eval_every", "save_every"}
+        now = asdict(self.config)
+        changed = [k for k in now if k not in free and state["config"].get(k) != now[k]]
+        if changed:
+            raise ValueError(
+                f"{path} was written with another {', '.join(changed)}: give the same, or "
+                "start without resume"
+            )
+        if not torch.equal(state["head"]["d2t"], self.head.d2t):
+            raise ValueError(f"{path} was trained on other data: start without resume")
+        self.head.load_state_dict(state["head"])
+        self.head.feature_scale_F.copy_(state["feature_scale"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self.seconds_before = state["seconds"]
+
+    def _card(self) -> str:
+        facts = {
+            "target": self.target_name,
+            "documents": len(self.documents),
+            "tokens": sum(len(d.tokens) for d in self.documents),
+            "assistant_tokens": int(sum(d.assistant.sum() for d in self.documents)),
+            "coverage": self.coverage,
+            "steps": self.step,
+            "tokens_seen": self.tokens_seen,
+            "seconds": self._seconds(),
+            "device": _device_name(self.device),
+            "config": asdict(self.config),
+            "evaluation": _rounded(self.evaluation),
+        }
+        write_json(self.out_dir / "training.json", facts)
+        return model_card(facts, self.data_dir)
+
+
+def _schedule(progress: float, warmup: float) -> float:
+    """Linear warm-up, then cosine to a tenth of the peak."""
+    if progress < warmup:
+        return max(progress / warmup, 0.01)
+    done = min(1.0, (progress - warmup) / (1 - warmup))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+def _special_tokens(model: torch.nn.Module) -> list[int]:
+    """Ids that end a turn or a document: always in the draft vocabulary."""
+    ids: set[int] = set()
+    for config in (model.config, model.generation_config):
+        value = getattr(config, "eos_token_id", None)
+        ids.update([value] if isinstance(value, int) else value or [])
+    return sorted(ids)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    def one(value: Any) -> Any:
+        return [round(v, 4) for v in value] if isinstance(value, list) else round(value, 4)
+
+    return {name: one(value) for name, value in values.items()}
