@@ -78,10 +78,10 @@ class TreeConfig:
                 f'tree must be true or an object such as {{"depth": 6, "top_k": 8}}, got {tree!r};'
                 " leave the key out to serve a chain"
             )
-        unknown = sorted(set(tree) - set(_KEYS))
+        unknown = sorted(map(repr, set(tree) - set(_KEYS)))
         if unknown:
             raise ValueError(
-                f"unknown key {', '.join(map(repr, unknown))} in tree: use {' and '.join(_KEYS)}"
+                f"unknown key {', '.join(unknown)} in tree: use {' and '.join(_KEYS)}"
                 " (the number of nodes is num_speculative_tokens)"
             )
         return cls(num_speculative_tokens, **tree)

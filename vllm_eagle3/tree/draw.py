@@ -13,10 +13,11 @@ from vllm_eagle3.tree.rerank import rerank
 from vllm_eagle3.tree.types import DraftTree
 
 _WORDS = (
-    "the a of to in and is that it for on with as was by at from or an be this are not his "
-    "her tree leaf root branch bird sky rain wind sun sea stone road house door light dark "
-    "old new small wide green blue grows falls stands sings sees holds moves ends begins"
-).split()
+    *("the", "a", "of", "to", "in", "and", "is", "that", "it", "for", "on", "with", "as"),
+    *("tree", "leaf", "root", "branch", "bird", "sky", "rain", "wind", "sun", "sea", "stone"),
+    *("old", "new", "small", "wide", "green", "blue", "dark", "light", "grows", "falls"),
+    *("stands", "sings", "sees", "holds", "moves", "ends", "begins", "road", "house", "door"),
+)
 
 
 def draw_tree(tree: DraftTree, words: Sequence[str], request: int = 0) -> str:

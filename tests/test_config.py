@@ -1,0 +1,83 @@
+import pytest
+
+from vllm_eagle3.config import TreeConfig
+
+
+def test_sizes_follow_from_nodes_depth_and_top_k():
+    config = TreeConfig.from_dict({"depth": 6, "top_k": 8}, num_speculative_tokens=32)
+    assert config == TreeConfig(32, depth=6, top_k=8)
+    assert config.num_nodes == 33
+    assert config.num_candidates == 8 + 5 * 64
+    assert config.num_expanded == 40
+
+
+def test_the_limits_themselves_are_allowed():
+    assert TreeConfig(63, depth=9, top_k=8).num_expanded == 64
+    assert TreeConfig(12, depth=2, top_k=3).num_candidates == 12
+    assert TreeConfig(1, depth=1, top_k=1).num_nodes == 2
+
+
+@pytest.mark.parametrize("num_speculative_tokens", range(1, 64))
+def test_true_makes_a_valid_tree_of_any_size(num_speculative_tokens):
+    config = TreeConfig.from_dict(True, num_speculative_tokens)
+    assert config.num_speculative_tokens == num_speculative_tokens
+    assert config.depth <= num_speculative_tokens
+
+
+def test_a_missing_key_takes_the_default():
+    default = TreeConfig.from_dict(True, 32)
+    assert TreeConfig.from_dict({}, 32) == default
+    assert TreeConfig.from_dict({"top_k": default.top_k}, 32) == default
+    assert TreeConfig.from_dict({"depth": 3}, 32) == TreeConfig(32, 3, default.top_k)
+
+
+def test_goes_through_a_dict_and_back():
+    config = TreeConfig(20, depth=4, top_k=5)
+    assert TreeConfig.from_dict(config.to_dict(), 20) == config
+
+
+@pytest.mark.parametrize(
+    ("tree", "num_speculative_tokens", "setting", "remedy"),
+    [
+        ({"depth": 0}, 8, "tree.depth", "at least 1"),
+        ({"depth": -2}, 8, "tree.depth", "at least 1"),
+        ({"depth": "6"}, 8, "tree.depth", "integer"),
+        ({"depth": True}, 8, "tree.depth", "integer"),
+        ({"depth": 2.0}, 8, "tree.depth", "integer"),
+        ({"depth": None}, 8, "tree.depth", "integer"),
+        ({"top_k": 0}, 8, "tree.top_k", "at least 1"),
+        ({"top_k": False}, 8, "tree.top_k", "integer"),
+        ({}, 0, "num_speculative_tokens", "at least 1"),
+        ({}, "8", "num_speculative_tokens", "integer"),
+        (True, None, "num_speculative_tokens", "integer"),
+        (True, 0, "num_speculative_tokens", "at least 1"),
+        ({}, 64, "num_speculative_tokens=64", "at most 63"),
+        ({"depth": 2, "top_k": 3}, 13, "num_speculative_tokens=13", r"12 nodes\): lower it, or"),
+        ({"depth": 1, "top_k": 8}, 9, "depth=1 and top_k=8", "raise tree.depth or tree.top_k"),
+        ({"depth": 9, "top_k": 9}, 8, "tree.depth=9 and tree.top_k=9", "lower tree.depth or"),
+        ({"depth": 66, "top_k": 1}, 8, "tree.depth=66", "more than 64: lower tree.depth"),
+        ({"width": 4}, 8, "unknown key 'width' in tree", "use depth and top_k"),
+        ({"Depth": 4, "num_nodes": 3}, 8, "'Depth', 'num_nodes'", "num_speculative_tokens"),
+        ({4: 4, "b": 3}, 8, "4", "use depth and top_k"),
+        (False, 8, "tree must be true or an object", "leave the key out"),
+        (None, 8, "tree must be true or an object", "leave the key out"),
+        ("6x8", 8, "tree must be true or an object", "leave the key out"),
+        ([6, 8], 8, "tree must be true or an object", "leave the key out"),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(tree, num_speculative_tokens, setting, remedy):
+    with pytest.raises(ValueError, match=setting) as error:
+        TreeConfig.from_dict(tree, num_speculative_tokens)
+    error.match(remedy)
+
+
+def test_more_children_than_the_draft_has_tokens():
+    config = TreeConfig(8, depth=2, top_k=8)
+    config.check_draft_vocabulary(8)
+    with pytest.raises(ValueError, match=r"tree\.top_k=8 .* lower tree\.top_k"):
+        config.check_draft_vocabulary(7)
+
+
+def test_cannot_be_changed_after_validation():
+    with pytest.raises(AttributeError):
+        TreeConfig(8).depth = 0
