@@ -73,7 +73,7 @@ def test_nodes_without_a_slot_are_skipped():
     assert cache.tolist() == [0, 1, 2, 3, 4, 6, 6, 7, 8, 9]
 
 
-@pytest.mark.parametrize("slots", [[-1, -1, -1], [-1, -1, 7], [-1, 7, -1]])
+@pytest.mark.parametrize("slots", [[-99, -99, -99], [-99, -99, 7], [-99, 7, -99]])
 def test_nothing_moves_where_no_move_is_whole(slots):
     path_BN, path_len_B = padded([[0, 2]], 3)
     cache = torch.arange(10)
