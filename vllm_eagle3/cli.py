@@ -1,0 +1,112 @@
+"""The command ``vllm-eagle3``: each subcommand is a module, imported when it is called.
+
+Such a module has ``add_arguments(parser)`` and ``run(args)``, which returns the exit code or
+``None`` for 0.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from vllm_eagle3 import __version__
+
+
+class Command(NamedTuple):
+    """One subcommand; its module stays unimported until it is called."""
+
+    words: tuple[str, ...]
+    module: str
+    help: str
+    extra: str = ""  # of pyproject.toml, with what the module needs
+
+
+COMMANDS = (
+    Command(("doctor",), "vllm_eagle3.engine.doctor", "can this machine serve draft trees?"),
+    Command(
+        ("demo",),
+        "vllm_eagle3.demo.run",
+        "plain decoding, a chain and a tree, side by side",
+        "demo",
+    ),
+    Command(
+        ("convert-smollm2",),
+        "vllm_eagle3.demo.smollm2",
+        "write the demo's target model",
+        "demo",
+    ),
+    Command(
+        ("data", "synth"),
+        "vllm_eagle3.engine.synthesize",
+        "let a target write training data",
+        "train",
+    ),
+    Command(("train",), "vllm_eagle3.train.trainer", "train an EAGLE-3 head", "train"),
+    Command(
+        ("bench", "acceptance"),
+        "vllm_eagle3.bench.acceptance",
+        "mean acceptance length of chains and trees",
+    ),
+)
+_GROUPS = {("data",): "make training data", ("bench",): "measure"}
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """A parser that asks its module for the options only when its command is called."""
+
+    command: Command | None = None
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        if self.command is not None:
+            module = import_module(self.command.module)
+            module.add_arguments(self)
+            self.set_defaults(run=module.run)
+        return super().parse_known_args(*args, **kwargs)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; what the user can mend ends in one line and exit code 2."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        if not args.extra or (error.name or "").startswith("vllm_eagle3"):
+            raise
+        return _fail(f"{error}: pip install 'vllm-eagle3[{args.extra}]'")
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"vllm-eagle3: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-eagle3", description="Dynamic EAGLE-3 draft trees for vLLM."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = _subcommands(parser)
+    groups: dict[tuple[str, ...], Any] = {(): commands}
+    for command in COMMANDS:
+        group, word = command.words[:-1], command.words[-1]
+        if group not in groups:
+            groups[group] = _subcommands(commands.add_parser(*group, help=_GROUPS[group]))
+        subparser = groups[group].add_parser(word, help=command.help, description=command.help)
+        subparser.command = command
+        subparser.set_defaults(extra=command.extra)
+    return parser
+
+
+def _subcommands(parser: argparse.ArgumentParser) -> Any:
+    return parser.add_subparsers(
+        metavar="COMMAND", required=True, parser_class=_CommandParser, title="commands"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
