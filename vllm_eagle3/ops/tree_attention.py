@@ -117,7 +117,7 @@ def tree_attention(
         prefix_lens_B=prefix_lens_B,
     )
     if resolve(impl, query_THD.device) == "triton":
-        from vllm_eagle3.ops.kernels.tree_attention import launch_tree_attention as run
+        from vllm_eagle3.ops.kernels.tree_attention import launch as run
     else:
         run = tree_attention_torch
     run(
@@ -204,7 +204,7 @@ def finish_tree_attention(
     )
     check_same_device(query_THD=query_THD, lse_HT=lse_HT)
     if resolve(impl, query_THD.device) == "triton":
-        from vllm_eagle3.ops.kernels.tree_attention import launch_finish_tree_attention as run
+        from vllm_eagle3.ops.kernels.finish_tree_attention import launch as run
     else:
         run = finish_tree_attention_torch
     run(
