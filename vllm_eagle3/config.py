@@ -7,6 +7,8 @@ from typing import Any, Self
 MAX_NODES = 64  # one int64 word of ancestor bits for each node
 MAX_EXPANDED = 64  # likewise for the draft's own attention, over the nodes it expands
 
+# With the root 32 rows: four query heads for each key head fill one 128-row attention tile.
+DEFAULT_NUM_SPECULATIVE_TOKENS = 31
 _DEFAULT_DEPTH = 6
 _DEFAULT_TOP_K = 8
 _KEYS = ("depth", "top_k")

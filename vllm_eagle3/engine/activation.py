@@ -1,0 +1,87 @@
+"""From the ``tree`` key of a speculative config to a speculator."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from vllm_eagle3.config import DEFAULT_NUM_SPECULATIVE_TOKENS, TreeConfig
+from vllm_eagle3.engine import head
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger(__name__)
+
+# vLLM's `additional_config` is an official free-form field and pickles to every worker.
+TRANSPORT_KEY = "eagle3_tree"
+
+
+def create_engine_config(
+    original: Callable[..., "VllmConfig"], args: "EngineArgs", *rest: Any, **kwargs: Any
+) -> "VllmConfig":
+    """Wraps ``EngineArgs.create_engine_config``: reads ``tree`` and refuses early.
+
+    Raises:
+        ValueError: the tree is malformed or the configuration cannot serve trees. The
+            message names the setting and the remedy.
+    """
+    speculative = dict(args.speculative_config or {})
+    tree = speculative.pop("tree", False)
+    if tree is not False:
+        method = speculative.get("method") or args.spec_method
+        if method != "eagle3":
+            raise ValueError(
+                f'tree needs "method": "eagle3" in the speculative config, got {method!r}:'
+                " set it, or leave tree out to serve a chain"
+            )
+        head.check_files(speculative.get("model") or args.spec_model)
+        if args.spec_tokens is None:
+            speculative.setdefault("num_speculative_tokens", DEFAULT_NUM_SPECULATIVE_TOKENS)
+        nodes = speculative.get("num_speculative_tokens", args.spec_tokens)
+        config = TreeConfig.from_dict(tree, nodes)
+        args.additional_config = {**args.additional_config, TRANSPORT_KEY: config.to_dict()}
+    if args.speculative_config:
+        args.speculative_config = speculative
+    vllm_config = original(args, *rest, **kwargs)
+    config = tree_config(vllm_config)
+    if config is not None:
+        from vllm_eagle3.engine import support
+
+        support.check(vllm_config, config)
+    return vllm_config
+
+
+def init_speculator(
+    original: Callable[..., Any], vllm_config: "VllmConfig", device: Any, req_states: Any
+) -> Any:
+    """Wraps ``init_speculator``: a :class:`TreeSpeculator` if a tree is asked for."""
+    config = tree_config(vllm_config)
+    if config is None:
+        return original(vllm_config, device, req_states)
+    from vllm_eagle3.engine import contract, support
+    from vllm_eagle3.engine.speculator import TreeSpeculator
+
+    contract.check()
+    support.check(vllm_config, config)
+    logger.info(
+        "Drafting dynamic trees: %d nodes, depth %d, top-k %d",
+        config.num_speculative_tokens,
+        config.depth,
+        config.top_k,
+    )
+    return TreeSpeculator(vllm_config, device, config)
+
+
+def tree_config(vllm_config: "VllmConfig") -> TreeConfig | None:
+    """The tree that ``vllm_config`` asks for, or None."""
+    extra = vllm_config.additional_config
+    if not isinstance(extra, dict) or TRANSPORT_KEY not in extra:
+        return None
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        raise ValueError(
+            f"additional_config has {TRANSPORT_KEY!r} but there is no speculative_config"
+        )
+    return TreeConfig.from_dict(extra[TRANSPORT_KEY], speculative.num_speculative_tokens)

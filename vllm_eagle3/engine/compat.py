@@ -1,0 +1,70 @@
+"""Every private name of vLLM that the engine uses, imported once.
+
+Supported: 0.32 and 0.33 (`contract.py` compares their signatures with stored ones).
+Platform-specific names resolve lazily: FlashAttention's module does not import on a CPU,
+and the CPU backend needs a CPU build.
+"""
+
+import importlib
+from typing import Any
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+__all__ = [
+    "NO_LOGPROBS",
+    "Attention",
+    "AttentionCGSupport",
+    "AttentionMetadataBuilder",
+    "CPUAttentionBackend",
+    "CPUAttentionBackendImpl",
+    "CommonAttentionMetadata",
+    "DefaultModelState",
+    "EagleSpeculator",
+    "FlashAttentionBackend",
+    "FlashAttentionImpl",
+    "FlashAttentionMetadataBuilder",
+    "RejectionSampler",
+    "TritonAttentionBackend",
+    "TritonAttentionImpl",
+    "TritonAttentionMetadataBuilder",
+    "async_tensor_h2d",
+    "canonicalize_singleton_dim_strides",
+    "flash_attn_varlen_func",
+    "get_layers_from_vllm_config",
+    "gumbel_sample",
+    "resolve_model_state_cls",
+    "set_forward_context",
+]
+
+_LAZY = {
+    "CPUAttentionBackend": "vllm.v1.attention.backends.cpu_attn",
+    "CPUAttentionBackendImpl": "vllm.v1.attention.backends.cpu_attn",
+    "FlashAttentionBackend": "vllm.v1.attention.backends.flash_attn",
+    "FlashAttentionImpl": "vllm.v1.attention.backends.flash_attn",
+    "FlashAttentionMetadataBuilder": "vllm.v1.attention.backends.flash_attn",
+    "TritonAttentionBackend": "vllm.v1.attention.backends.triton_attn",
+    "TritonAttentionImpl": "vllm.v1.attention.backends.triton_attn",
+    "TritonAttentionMetadataBuilder": "vllm.v1.attention.backends.triton_attn",
+    "canonicalize_singleton_dim_strides": "vllm.utils.torch_utils",
+    "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,122 @@
+"""Checks of an EAGLE-3 head's files before an engine is built on them."""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class HeadShapes:
+    """What the tensors of a head say about the target it was trained for.
+
+    Attributes:
+        hidden_size: of the target (H), from ``fc.weight`` [H_draft, 3 * H].
+        draft_vocab_size: rows of the head's ``lm_head.weight`` (Vd).
+        target_vocab_size: entries of ``t2d``, or None where the head has none.
+    """
+
+    hidden_size: int
+    draft_vocab_size: int
+    target_vocab_size: int | None
+
+
+def check_files(path: str | None) -> HeadShapes | None:
+    """Check that a local head is complete and is an EAGLE-3 head.
+
+    Args:
+        path: the speculative config's ``model``. A name that is not a local path is left
+            to vLLM, which downloads it.
+
+    Returns:
+        The head's shapes, or None if they cannot be read here.
+
+    Raises:
+        ValueError: no such directory, no weights, a truncated file, or tensors that are
+            not an EAGLE-3 head's.
+    """
+    if not path:
+        raise ValueError('tree needs "model" in the speculative config: the EAGLE-3 head to load')
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        if root.is_absolute() or path.startswith(("./", "../", "~")):
+            raise ValueError(f"speculative model {path}: no such directory")
+        return None
+    if not (root / "config.json").is_file():
+        raise ValueError(f"speculative model {path}: no config.json in it")
+    files = sorted(root.glob("*.safetensors"))
+    if not files:
+        if any(root.glob("*.bin")) or any(root.glob("*.pt")):
+            return None
+        raise ValueError(f"speculative model {path}: no weights (*.safetensors) in it")
+    _check_index(root, {file.name for file in files})
+    tensors: dict[str, list[int]] = {}
+    for file in files:
+        tensors.update(_read_shapes(file))
+    return _shapes(path, tensors)
+
+
+def check_target(path: str, shapes: HeadShapes, hidden_size: int, vocab_size: int) -> None:
+    """Check that a head was trained for a target of these sizes.
+
+    Raises:
+        ValueError: the hidden size or the vocabulary differs.
+    """
+    if shapes.hidden_size != hidden_size:
+        raise ValueError(
+            f"speculative model {path} was trained for a target of hidden size "
+            f"{shapes.hidden_size}, this target has {hidden_size}: use the head of this target"
+        )
+    if shapes.target_vocab_size is not None and shapes.target_vocab_size != vocab_size:
+        raise ValueError(
+            f"speculative model {path} was trained for a vocabulary of {shapes.target_vocab_size}"
+            f" tokens, this target has {vocab_size}: use the head of this target"
+        )
+
+
+def _check_index(root: Path, present: set[str]) -> None:
+    index = root / _INDEX
+    if not index.is_file():
+        return
+    missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - present)
+    if missing:
+        raise ValueError(f"speculative model {root}: {', '.join(missing)} is missing")
+
+
+def _read_shapes(file: Path) -> dict[str, list[int]]:
+    """Tensor shapes from a safetensors header; the data is not read."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except (struct.error, ValueError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{file} is truncated or no safetensors file") from error
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < 8 + length + end:
+        raise ValueError(f"{file} is truncated: {size} bytes of {8 + length + end}")
+    return {name: entry["shape"] for name, entry in header.items()}
+
+
+def _shapes(path: str, tensors: dict[str, list[int]]) -> HeadShapes:
+    by_suffix = {name.removeprefix("model."): shape for name, shape in tensors.items()}
+    fc = by_suffix.get("fc.weight")
+    hidden_norm = [name for name in by_suffix if name.endswith("hidden_norm.weight")]
+    if fc is None or not hidden_norm or "fc.bias" in by_suffix:
+        raise ValueError(
+            f"speculative model {path} is not an EAGLE-3 head (fc.weight without a bias and "
+            "hidden_norm.weight expected): trees serve EAGLE-3 heads only"
+        )
+    if fc[1] % 3:
+        raise ValueError(
+            f"speculative model {path}: fc.weight takes {fc[1]} inputs, not three hidden states"
+        )
+    lm_head = by_suffix.get("lm_head.weight")
+    if lm_head is None:
+        raise ValueError(f"speculative model {path} has no lm_head.weight")
+    t2d = by_suffix.get("t2d")
+    return HeadShapes(fc[1] // 3, lm_head[0], t2d[0] if t2d else None)

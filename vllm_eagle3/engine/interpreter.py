@@ -1,0 +1,75 @@
+"""Model Runner V2 on a machine without a GPU, for trying and testing, not for speed.
+
+vLLM runs Model Runner V2, the code path of real GPUs, wherever Triton has an active
+driver. Triton's interpreter executes the kernels with NumPy, and a stand-in for the
+driver makes vLLM accept it. Both must be in place before vLLM is imported:
+
+    from vllm_eagle3.engine import interpreter
+    interpreter.prepare()
+    from vllm import LLM
+
+``python -m vllm_eagle3.engine.interpreter serve MODEL ...`` is ``vllm serve`` so prepared.
+"""
+
+import importlib.util
+import os
+import sys
+import types
+
+_ENVIRONMENT = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    # The stand-in lives in this process: children must inherit it, so they are forked,
+    # and the offline engine needs none.
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+class _InterpreterDriver:
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+def prepare() -> None:
+    """Make vLLM take Model Runner V2 on the CPU, through Triton's interpreter.
+
+    Sets vLLM's and Triton's own environment variables for this process and its children.
+
+    Raises:
+        ValueError: vLLM is imported already, or Triton is not installed.
+    """
+    if "vllm" in sys.modules and not is_prepared():
+        raise ValueError("interpreter.prepare() must run before vllm is imported")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("Triton is not installed: pip install 'vllm-eagle3[cpu]'")
+    os.environ.update(_ENVIRONMENT)
+    import triton.backends
+
+    triton.backends.backends["cpu"] = types.SimpleNamespace(
+        driver=_InterpreterDriver, compiler=None
+    )
+
+
+def is_prepared() -> bool:
+    """Whether :func:`prepare` has run in this process or in the one it was forked from."""
+    backends = sys.modules.get("triton.backends")
+    entry = backends.backends.get("cpu") if backends is not None else None
+    return getattr(entry, "driver", None) is _InterpreterDriver
+
+
+def main() -> None:
+    """The ``vllm`` command line on a prepared process."""
+    prepare()
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    vllm_main()
+
+
+if __name__ == "__main__":
+    # Under -m this file is __main__: prepare through the importable module, so that
+    # is_prepared() there sees the same driver class.
+    from vllm_eagle3.engine import interpreter
+
+    interpreter.main()

@@ -1,0 +1,62 @@
+"""The entry point ``vllm.general_plugins`` and the patches it makes.
+
+Every object of vLLM that this project touches:
+
+    1  entry point ``vllm.general_plugins``         official, this module
+    2  ``spec_decode.init_speculator``              wrapped: a tree config gets TreeSpeculator
+    3  ``EngineArgs.create_engine_config``          wrapped: takes ``tree`` out of the speculative
+                                                    config, carries it in ``additional_config``,
+                                                    refuses what trees do not support
+    4  ``EagleSpeculator``                          subclassed (speculator.py)
+    5  ``model.get_model_state_cls``                official, set on the target (speculator.py)
+    6  ``DefaultModelState``                        subclassed (model_state.py)
+    7  attention layers of target and draft         ``attn_backend`` and ``impl`` of each layer
+                                                    rebound after loading (attention.py)
+    8  ``RejectionSampler``                         subclassed (verifier.py)
+
+Wrapped functions call the original whenever the config asks for no tree.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_MARK = "_vllm_eagle3_original"
+
+
+def register() -> None:
+    """Install the two wrappers. Idempotent; called by vLLM in each of its processes.
+
+    Importing Model Runner V2 here would initialise too much in the API server, so it is
+    patched only where it is imported already; elsewhere it will find the wrapper.
+    """
+    import vllm.v1.worker.gpu.spec_decode as spec_decode
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_eagle3.engine import activation
+
+    _wrap(EngineArgs, "create_engine_config", activation.create_engine_config)
+    _wrap(spec_decode, "init_speculator", activation.init_speculator)
+    runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
+    if runner is not None:
+        runner.init_speculator = spec_decode.init_speculator
+
+
+def is_registered() -> bool:
+    """Whether the wrappers are in place in this process."""
+    spec_decode = sys.modules.get("vllm.v1.worker.gpu.spec_decode")
+    return hasattr(getattr(spec_decode, "init_speculator", None), _MARK)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, _MARK, original)
+    setattr(owner, name, wrapped)

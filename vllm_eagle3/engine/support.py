@@ -1,0 +1,141 @@
+"""What draft trees do not support yet, refused before a request is served."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vllm_eagle3.config import TreeConfig
+from vllm_eagle3.engine import head
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def check(vllm_config: "VllmConfig", tree: TreeConfig) -> None:
+    """Raise ``ValueError`` for the first setting that trees cannot serve.
+
+    The message names the setting and the remedy.
+    """
+    for unsupported, setting, remedy in _conditions(vllm_config, tree):
+        if unsupported:
+            raise ValueError(f"draft trees do not support {setting}: {remedy}")
+    _check_head(vllm_config, tree)
+
+
+def _conditions(config: "VllmConfig", tree: TreeConfig) -> Iterator[tuple[bool, str, str]]:
+    yield from _engine_conditions(config, tree)
+    yield from _parallel_conditions(config)
+    yield from _speculative_conditions(config)
+    yield from _model_conditions(config)
+
+
+def _engine_conditions(config: "VllmConfig", tree: TreeConfig) -> Iterator[tuple[bool, str, str]]:
+    yield (
+        not config.use_v2_model_runner,
+        "vLLM's first model runner",
+        "set VLLM_USE_V2_MODEL_RUNNER=1 (`vllm-eagle3 doctor` says why it is not the default"
+        " here), or leave tree out",
+    )
+    dtype = config.cache_config.cache_dtype
+    yield (
+        dtype not in _KV_CACHE_DTYPES,
+        f"kv_cache_dtype={dtype}",
+        "use kv_cache_dtype=auto",
+    )
+    yield (
+        config.kv_transfer_config is not None,
+        "kv_transfer_config",
+        "remove it: a connector would save the cache before the accepted path is in place",
+    )
+    yield (
+        config.cache_config.kv_sharing_fast_prefill,
+        "kv_sharing_fast_prefill",
+        "turn it off",
+    )
+    scheduler = config.scheduler_config
+    rows = scheduler.max_num_seqs * tree.top_k
+    yield (
+        rows > scheduler.max_num_batched_tokens,
+        f"max_num_seqs * tree.top_k = {rows} rows of a draft forward, more than"
+        f" max_num_batched_tokens={scheduler.max_num_batched_tokens}",
+        "lower max_num_seqs or tree.top_k, or raise max_num_batched_tokens",
+    )
+    rows = tree.num_nodes
+    yield (
+        rows > scheduler.max_num_batched_tokens,
+        f"num_speculative_tokens={tree.num_speculative_tokens} with"
+        f" max_num_batched_tokens={scheduler.max_num_batched_tokens}",
+        "raise max_num_batched_tokens",
+    )
+
+
+def _parallel_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]]:
+    parallel = config.parallel_config
+    for name in (
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "decode_context_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        size = getattr(parallel, name, 1)
+        yield size > 1, f"{name}={size}", f"use {name}=1"
+    yield parallel.enable_dbo, "enable_dbo", "turn it off"
+    yield (
+        getattr(parallel, "enable_batch_sharded_sampling", False),
+        "enable_batch_sharded_sampling",
+        "turn it off",
+    )
+
+
+def _speculative_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]]:
+    speculative = config.speculative_config
+    yield (
+        speculative.method != "eagle3",
+        f"speculative method {speculative.method!r}",
+        'use "method": "eagle3" with an EAGLE-3 head',
+    )
+    for name, plain in (
+        ("rejection_sample_method", "standard"),
+        ("draft_sample_method", "greedy"),
+        ("use_local_argmax_reduction", False),
+        ("parallel_drafting", False),
+        ("enable_adaptive_verification", False),
+    ):
+        value = getattr(speculative, name, plain)
+        yield value != plain, f"{name}={value!r}", f"use {name}={plain!r}"
+    yield (
+        getattr(config, "watermark_config", None) is not None,
+        "watermark_config",
+        "remove it",
+    )
+
+
+def _model_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]]:
+    model = config.model_config
+    remedy = "serve this target with a chain (leave tree out)"
+    for name, what in (
+        ("use_mla", "multi-head latent attention"),
+        ("is_hybrid", "hybrid state-space targets"),
+        ("is_attention_free", "attention-free targets"),
+        ("is_encoder_decoder", "encoder-decoder targets"),
+        ("uses_mrope", "multi-dimensional rotary positions"),
+        ("enable_trace_replay", "enable_trace_replay"),
+        ("return_sampling_mask", "return_sampling_mask"),
+    ):
+        yield bool(getattr(model, name, False)), what, remedy
+    yield getattr(model, "rswa_window", None) is not None, "reference sliding windows", remedy
+
+
+def _check_head(config: "VllmConfig", tree: TreeConfig) -> None:
+    draft = config.speculative_config.draft_model_config
+    shapes = head.check_files(draft.model)
+    if shapes is None:
+        tree.check_draft_vocabulary(
+            getattr(draft.hf_config, "draft_vocab_size", None) or draft.get_vocab_size()
+        )
+        return
+    target = config.model_config
+    head.check_target(draft.model, shapes, target.get_hidden_size(), target.get_vocab_size())
+    tree.check_draft_vocabulary(shapes.draft_vocab_size)

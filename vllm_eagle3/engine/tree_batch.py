@@ -1,0 +1,136 @@
+"""The trees of the running batch, as the attention layers need them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_eagle3 import ops
+from vllm_eagle3.tree.types import TreeBuffers
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+
+@dataclass
+class TreeRows:
+    """Query rows that attend to a cached prefix and, by ancestor bits, to tree nodes.
+
+    Attributes:
+        num_reqs: requests (B) that these rows belong to.
+        num_tokens: query rows (T).
+        query_start_loc: int32 [B + 1] first query row of each request.
+        prefix_lens: int32 [B] cached positions that every row of a request sees.
+        tree_start: int32 [B] row of each request's first node in the tree keys.
+        tree_lens: int32 [B] nodes of each request, at most 64.
+        ancestor_bits: int64 [T] nodes that a row sees.
+        max_query_len, max_tree_len, max_prefix_len: host-side upper bounds.
+        scratch: where the nodes' keys and values are kept; None if they are the step's
+            own rows.
+    """
+
+    num_reqs: int
+    num_tokens: int
+    query_start_loc: torch.Tensor
+    prefix_lens: torch.Tensor
+    tree_start: torch.Tensor
+    tree_lens: torch.Tensor
+    ancestor_bits: torch.Tensor
+    max_query_len: int
+    max_tree_len: int
+    max_prefix_len: int
+    scratch: "DraftScratch | None" = None
+
+
+class DraftScratch:
+    """Keys and values of the nodes that the draft expands: one layer, K nodes a level.
+
+    Nothing of a tree enters the paged cache of the draft, which therefore holds committed
+    tokens only and needs no slots past vLLM's own.
+    """
+
+    def __init__(
+        self,
+        max_num_reqs: int,
+        num_nodes: int,
+        num_kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (max_num_reqs, num_nodes, num_kv_heads, head_size)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.first_node = 0
+
+    def store(
+        self, num_reqs: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a level's rows [B * K, heads, head size]; return all rows, flat."""
+        shape = (num_reqs, -1, *self.keys.shape[2:])
+        level = key.reshape(shape).shape[1]
+        span = slice(self.first_node, self.first_node + level)
+        self.keys[:num_reqs, span] = key.reshape(shape)
+        self.values[:num_reqs, span] = value.reshape(shape)
+        return self.keys.flatten(0, 1), self.values.flatten(0, 1)
+
+
+class TreeBatch:
+    """Positions, prefix lengths and ancestor bits in batch order, at fixed addresses.
+
+    Filled once for each step by :meth:`prepare`; read by the attention metadata builders of
+    the target's layers and passed to the target as its positions.
+
+    Attributes:
+        positions_T: int64 rotary positions, root + depth for the nodes of a tree.
+        rows: the batch's tree rows, which come first in the batch; None if it has no tree.
+    """
+
+    def __init__(self, max_num_reqs: int, max_num_tokens: int, device: torch.device) -> None:
+        self.positions_T = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
+        self.ancestor_bits_T = torch.zeros(max_num_tokens, dtype=torch.int64, device=device)
+        self.prefix_lens_B = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self.rows: TreeRows | None = None
+
+    def prepare(self, batch: "InputBatch", buffers: TreeBuffers) -> None:
+        """Gather the trees of a batch from the request slots' buffers.
+
+        Requests with drafts lead the batch (vLLM sorts it so); a request without drafts
+        among them is a one-node tree.
+        """
+        num_padded = batch.num_tokens_after_padding
+        self.positions_T[:num_padded].copy_(batch.positions)
+        self.rows = None
+        num_drafts = batch.num_draft_tokens_per_req
+        if num_drafts is None or batch.num_draft_tokens == 0:
+            # Dummy and capture batches come here too: their slots name real requests.
+            return
+        num_reqs = int(num_drafts.nonzero()[0][-1]) + 1
+        query_lens = batch.num_scheduled_tokens[:num_reqs]
+        assert (query_lens == num_drafts[:num_reqs] + 1).all(), "tree rows must lead the batch"
+        starts = batch.query_start_loc[: num_reqs + 1]
+        ops.gather_tree_rows(
+            buffers.ancestor_bits_RN,
+            buffers.depths_RN,
+            batch.idx_mapping[:num_reqs],
+            starts,
+            batch.cu_num_logits[: num_reqs + 1],
+            batch.positions,
+            self.ancestor_bits_T,
+            self.positions_T,
+            self.prefix_lens_B,
+            batch.seq_lens[:num_reqs],
+        )
+        max_len = int(query_lens.max())
+        self.rows = TreeRows(
+            num_reqs=num_reqs,
+            num_tokens=int(query_lens.sum()),
+            query_start_loc=starts,
+            prefix_lens=self.prefix_lens_B[:num_reqs],
+            tree_start=starts[:-1],
+            tree_lens=starts[1:] - starts[:-1],
+            ancestor_bits=self.ancestor_bits_T,
+            max_query_len=max_len,
+            max_tree_len=max_len,
+            max_prefix_len=int(batch.seq_lens_cpu_upper_bound[:num_reqs].max()),
+        )
