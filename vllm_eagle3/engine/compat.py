@@ -9,9 +9,8 @@ import importlib
 from typing import Any
 
 from vllm.config import get_layers_from_vllm_config
-from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
-from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.utils.torch_utils import async_tensor_h2d, canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
@@ -24,32 +23,6 @@ from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-__all__ = [
-    "NO_LOGPROBS",
-    "Attention",
-    "AttentionCGSupport",
-    "AttentionMetadataBuilder",
-    "CPUAttentionBackend",
-    "CPUAttentionBackendImpl",
-    "CommonAttentionMetadata",
-    "DefaultModelState",
-    "EagleSpeculator",
-    "FlashAttentionBackend",
-    "FlashAttentionImpl",
-    "FlashAttentionMetadataBuilder",
-    "RejectionSampler",
-    "TritonAttentionBackend",
-    "TritonAttentionImpl",
-    "TritonAttentionMetadataBuilder",
-    "async_tensor_h2d",
-    "canonicalize_singleton_dim_strides",
-    "flash_attn_varlen_func",
-    "get_layers_from_vllm_config",
-    "gumbel_sample",
-    "resolve_model_state_cls",
-    "set_forward_context",
-]
-
 _LAZY = {
     "CPUAttentionBackend": "vllm.v1.attention.backends.cpu_attn",
     "CPUAttentionBackendImpl": "vllm.v1.attention.backends.cpu_attn",
@@ -59,9 +32,26 @@ _LAZY = {
     "TritonAttentionBackend": "vllm.v1.attention.backends.triton_attn",
     "TritonAttentionImpl": "vllm.v1.attention.backends.triton_attn",
     "TritonAttentionMetadataBuilder": "vllm.v1.attention.backends.triton_attn",
-    "canonicalize_singleton_dim_strides": "vllm.utils.torch_utils",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
 }
+
+
+__all__ = [
+    "NO_LOGPROBS",
+    "Attention",
+    "AttentionCGSupport",
+    "AttentionMetadataBuilder",
+    "CommonAttentionMetadata",
+    "DefaultModelState",
+    "EagleSpeculator",
+    "RejectionSampler",
+    "async_tensor_h2d",
+    "get_layers_from_vllm_config",
+    "gumbel_sample",
+    "resolve_model_state_cls",
+    "canonicalize_singleton_dim_strides",
+    *_LAZY,
+]
 
 
 def __getattr__(name: str) -> Any:
