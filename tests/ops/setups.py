@@ -168,4 +168,7 @@ class Attention:
         exact = self.by_the_book(torch.float64)[0]
         plain = self.by_the_book(self.dtype)[0]
         allowed = 2 * (plain.double() - exact).abs().max() + 1e-6
+        if self.dtype == torch.bfloat16 and DEVICE.type == "cpu":
+            # The interpreter cuts a float32 down to bfloat16 where hardware rounds it.
+            allowed += torch.finfo(self.dtype).eps * exact.abs().max()
         assert (found.double() - exact).abs().max() <= allowed
