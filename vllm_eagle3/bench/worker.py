@@ -17,7 +17,8 @@ Events, by ``"event"``::
     ready    versions and device, before the first pass
     step     stream only: dataset, number, turn, texts (of each token), finished
     turn     dataset, number, turn, temperature, tokens, steps (tokens of each engine step),
-             runner_up ([token, log-probability gap] for each token) where asked for
+             runner_up ([token, log-probability gap] for each token) where asked for and
+             where a GPU makes it cheap
     skipped  a turn whose prompt leaves no room below max_model_len
     pass     temperature, seconds, and vLLM's own counters of the pass
     done     the last one
@@ -31,6 +32,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm_eagle3.bench.questions import chat_prompt
+from vllm_eagle3.engine.interpreter import is_prepared, prepare
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -64,8 +66,6 @@ def _build_engine(settings: dict[str, Any]) -> "LLM":
 
     settings = dict(settings)
     if not torch.cuda.is_available():
-        from vllm_eagle3.engine.interpreter import prepare
-
         prepare()
         settings["enforce_eager"] = True
     if settings.get("dtype") is None:
@@ -145,6 +145,8 @@ class _Pass:
         self.settings = settings
         self.stream = stream
         self.emit = emit
+        # The interpreter needs most of a second for each token's log-probabilities.
+        self.runner_up = bool(settings.get("runner_up")) and not is_prepared()
         self.turns: dict[str, _Turn] = {}
 
     def run(self) -> None:
@@ -179,7 +181,7 @@ class _Pass:
             temperature=self.settings["temperature"],
             max_tokens=self.settings["max_tokens"],
             seed=turn.conversation["seeds"][turn.number],
-            logprobs=2 if self.settings.get("runner_up") else None,
+            logprobs=2 if self.runner_up else None,
             # One output for each engine step: the step's own tokens.
             output_kind=RequestOutputKind.DELTA,
         )
