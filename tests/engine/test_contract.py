@@ -25,27 +25,72 @@ def test_each_supported_version_is_recorded_in_full(minor):
     assert set(contract.read_record(f"{minor}.0")) == SYMBOLS
 
 
-def imported_names(path: Path) -> set[str]:
-    """Every import from vLLM in a file, function bodies included; a module has no colon."""
-    names = set()
+def imported_names(path: Path) -> dict[str, str]:
+    """Local name to `module:name` of what a file imports from vLLM, directly or by compat."""
+    names = {}
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
-            names |= {f"{node.module}:{alias.name}" for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            for alias in node.names:
+                local = alias.asname or alias.name
+                if module == "vllm_eagle3.engine.compat":
+                    names[local] = COMPAT[alias.name]
+                elif module.split(".")[0] == "vllm":
+                    names[local] = f"{module}:{alias.name}"
         elif isinstance(node, ast.Import):
-            names |= {a.name for a in node.names if a.name.split(".")[0] == "vllm"}
+            for alias in node.names:
+                if alias.name.split(".")[0] == "vllm":
+                    names[alias.asname or alias.name] = alias.name
     return names
 
 
-@pytest.mark.parametrize("path", sorted(ENGINE.rglob("*.py")), ids=lambda path: path.stem)
+def lazy_names(path: Path) -> dict[str, str]:
+    """What compat imports only on demand: the literal `_LAZY`, name to module."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_LAZY":
+            lazy = ast.literal_eval(node.value)
+            return {name: f"{module}:{name}" for name, module in lazy.items()}
+    raise AssertionError(f"{path} has no _LAZY")
+
+
+COMPAT_PATH = ENGINE / "compat.py"
+COMPAT = imported_names(COMPAT_PATH) | lazy_names(COMPAT_PATH)
+SOURCES = Sources(contract.installed_root())
+ENGINE_FILES = sorted(ENGINE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", ENGINE_FILES, ids=lambda path: path.stem)
 def test_every_imported_name_is_in_the_ledger(path):
-    sources = Sources(contract.installed_root())
-    for name in imported_names(path):
-        if ":" not in name or sources.describe(name) == "module":
+    names = COMPAT if path == COMPAT_PATH else imported_names(path)
+    for name in names.values():
+        if name.startswith("vllm:"):  # public: what `import vllm` offers
+            continue
+        if ":" not in name or SOURCES.describe(name) == "module":
             # What is used of a module is in the ledger under its own name.
             module = name.replace(":", ".")
             assert any(s.startswith(f"{module}:") for s in SYMBOLS), f"add names of {module}"
         else:
             assert name in SYMBOLS, f"add {name} to engine/ledger.py"
+
+
+@pytest.mark.parametrize("path", ENGINE_FILES, ids=lambda path: path.stem)
+def test_every_member_of_a_subclassed_class_is_in_the_ledger(path):
+    names = imported_names(path)
+    for cls in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(cls, ast.ClassDef):
+            continue
+        members = {node.name for node in cls.body if isinstance(node, ast.FunctionDef)}
+        members |= {
+            node.attr
+            for node in ast.walk(cls)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "super()")
+        }
+        for base in cls.bases:
+            owner = names.get(ast.unparse(base).partition("[")[0])
+            for member in members if owner else ():
+                symbol = f"{owner}.{member}"
+                inherited = SOURCES.describe(symbol) is not None
+                assert symbol in SYMBOLS or not inherited, f"add {symbol} to engine/ledger.py"
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Every place where the plugin meets vLLM's private code, and the names it touches there.
 
 A name is written ``module:qualified.name``. ``contract.py`` records and checks their shapes,
-the doctor prints the outcome hook by hook, and a test sees to it that no name which
-``engine/`` imports is missing here.
+the doctor prints the outcome hook by hook, and tests see to it that nothing that ``engine/``
+imports, overrides or reads of a base class is missing here.
 """
 
 from dataclasses import dataclass
@@ -22,19 +22,40 @@ class Hook:
 
 
 _GPU = "vllm.v1.worker.gpu"
-_SPEC = f"{_GPU}.spec_decode"
-_AR = f"{_SPEC}.target_dependent_ar.speculator:TargetDependentARSpeculator"
-_STATE = f"{_GPU}.model_states.default:DefaultModelState"
-_BATCH = f"{_GPU}.input_batch:InputBatch"
-_SAMPLER = f"{_GPU}.sample.sampler:Sampler"
+_BACKENDS = "vllm.v1.attention.backends"
 
 
 def _members(owner: str, *names: str) -> tuple[str, ...]:
     return (owner, *(f"{owner}.{name}" for name in names))
 
 
+def _attention(module: str, backend: str, impl: str, *more: str) -> tuple[str, ...]:
+    """A stock backend, its implementation and what tree attention reads of the latter."""
+    return (
+        *_members(
+            f"{_BACKENDS}.{module}:{backend}Backend", "get_name", "get_impl_cls", "get_builder_cls"
+        ),
+        *_members(
+            f"{_BACKENDS}.{module}:{impl}",
+            "forward",
+            "do_kv_cache_update",
+            "head_size",
+            "scale",
+            "sliding_window",
+            "logits_soft_cap",
+            "alibi_slopes",
+            "sinks",
+            "kv_sharing_target_layer_name",
+            *more,
+        ),
+    )
+
+
 TOUCHED: dict[Hook, tuple[str, ...]] = {
-    Hook("vllm.general_plugins", "entry point: register()"): ("vllm.plugins:load_general_plugins",),
+    Hook("entry point vllm.general_plugins", "official: register()"): (
+        "vllm.plugins:load_general_plugins",
+        "vllm.logger:init_logger",
+    ),
     Hook("EngineArgs.create_engine_config", "wrapped: takes the key `tree` out"): (
         *_members(
             "vllm.engine.arg_utils:EngineArgs",
@@ -43,71 +64,187 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "spec_tokens",
             "additional_config",
         ),
-        "vllm.logger:init_logger",
     ),
-    Hook("spec_decode.init_speculator", "wrapped: a tree gets TreeSpeculator"): (
-        f"{_SPEC}:init_speculator",
-        f"{_GPU}.model_runner:init_speculator",
+    Hook("configuration", "read, to refuse what trees do not support"): (
         *_members(
             "vllm.config:VllmConfig",
-            "speculative_config",
             "additional_config",
+            "cache_config",
+            "compilation_config",
+            "kv_transfer_config",
+            "model_config",
+            "parallel_config",
+            "scheduler_config",
+            "speculative_config",
             "use_v2_model_runner",
+            "watermark_config",
+        ),
+        *_members("vllm.config:CacheConfig", "cache_dtype", "kv_sharing_fast_prefill"),
+        *_members("vllm.config:CompilationConfig", "static_forward_context"),
+        *_members(
+            "vllm.config:ModelConfig",
+            "enable_trace_replay",
+            "get_head_size",
+            "get_hidden_size",
+            "get_num_kv_heads",
+            "get_vocab_size",
+            "hf_config",
+            "is_attention_free",
+            "is_encoder_decoder",
+            "is_hybrid",
+            "model",
+            "return_sampling_mask",
+            "rswa_window",
+            "use_mla",
+            "uses_mrope",
+        ),
+        *_members(
+            "vllm.config:ParallelConfig",
+            "data_parallel_size",
+            "decode_context_parallel_size",
+            "enable_batch_sharded_sampling",
+            "enable_dbo",
+            "pipeline_parallel_size",
+            "prefill_context_parallel_size",
+            "tensor_parallel_size",
+        ),
+        *_members("vllm.config:SchedulerConfig", "max_num_batched_tokens", "max_num_seqs"),
+        *_members(
+            "vllm.config:SpeculativeConfig",
+            "draft_model_config",
+            "draft_sample_method",
+            "enable_adaptive_verification",
+            "method",
+            "num_speculative_tokens",
+            "parallel_drafting",
+            "rejection_sample_method",
+            "use_local_argmax_reduction",
         ),
     ),
-    Hook("EagleSpeculator", "subclass: grows the tree after the draft prefill"): (
-        f"{_SPEC}.eagle.speculator:EagleSpeculator",
-        *_members(_AR, "load_model", "propose", "_prefill", "_multi_step_decode"),
+    Hook("spec_decode.init_speculator", "wrapped: a tree gets TreeSpeculator"): (
+        f"{_GPU}.spec_decode:init_speculator",
+        f"{_GPU}.model_runner:init_speculator",
     ),
-    Hook("get_model_state_cls", "official: set on the target model"): (
+    Hook("EagleSpeculator", "subclass: grows trees after the draft prefill"): (
+        *_members(
+            f"{_GPU}.spec_decode.eagle.speculator:EagleSpeculator",
+            "__init__",
+            "_configure_decode_metadata_update",
+            "_multi_step_decode",
+            "_prefill",
+            "_run_model",
+            "block_tables",
+            "device",
+            "draft_attn_layer_names",
+            "draft_max_seq_len",
+            "draft_model_config",
+            "draft_tokens",
+            "dtype",
+            "hidden_states",
+            "idx_mapping",
+            "input_buffers",
+            "kv_cache_config",
+            "load_model",
+            "max_model_len",
+            "max_num_reqs",
+            "max_num_tokens",
+            "model",
+            "num_speculative_steps",
+            "propose",
+            "sample_draft",
+            "supports_decode_metadata_update",
+            "vllm_config",
+        ),
+        *_members(f"{_GPU}.block_table:BlockTables", "input_block_tables", "slot_mappings"),
+        *_members(f"{_GPU}.input_batch:InputBuffers", "input_ids", "positions", "seq_lens"),
+        "vllm.forward_context:set_forward_context",
+        "vllm.utils.torch_utils:async_tensor_h2d",
+    ),
+    Hook("model.get_model_state_cls", "official: set on the target"): (
         f"{_GPU}.model_states:resolve_model_state_cls",
     ),
-    Hook("ModelState", "subclass: tree positions, mask, verifier, compaction"): (
+    Hook("DefaultModelState", "subclass: positions, masks, sampler of trees"): (
         *_members(
-            _STATE,
+            f"{_GPU}.model_states.default:DefaultModelState",
+            "__init__",
             "add_request",
+            "apply_staged_writes",
             "custom_sampler",
+            "device",
             "initialize_kv_cache",
-            "prepare_inputs",
-            "prepare_dummy_inputs",
             "prepare_attn",
-            "postprocess_state",
+            "prepare_dummy_inputs",
+            "prepare_inputs",
+            "vllm_config",
         ),
         *_members(
-            _BATCH,
-            "num_reqs",
-            "num_tokens_after_padding",
-            "num_draft_tokens",
-            "num_draft_tokens_per_req",
+            f"{_GPU}.input_batch:InputBatch",
+            "cu_num_logits",
             "idx_mapping",
             "idx_mapping_np",
-            "expanded_idx_mapping",
-            "expanded_local_pos",
+            "input_ids",
+            "num_draft_tokens",
+            "num_draft_tokens_per_req",
+            "num_reqs",
+            "num_scheduled_tokens",
+            "num_tokens_after_padding",
+            "positions",
             "query_start_loc",
-            "query_start_loc_np",
             "seq_lens",
             "seq_lens_cpu_upper_bound",
-            "input_ids",
-            "positions",
-            "logits_indices",
-            "cu_num_logits",
-            "cu_num_logits_np",
         ),
-        *_members(f"{_GPU}.block_table:BlockTables", "slot_mappings"),
+        *_members("vllm.v1.core.sched.output:NewRequestData", "sampling_params"),
+        *_members(
+            "vllm.sampling_params:SamplingParams",
+            "bad_words",
+            "frequency_penalty",
+            "presence_penalty",
+            "repetition_penalty",
+            "structured_outputs",
+            "thinking_token_budget",
+        ),
     ),
-    Hook("RejectionSampler", "subclass: walks the tree"): (
-        *_members(f"{_SPEC}.rejection_sampler:RejectionSampler", "__init__", "__call__"),
-        *_members(_SAMPLER, "apply_sampling_params", "sampling_states", "req_states"),
+    Hook("RejectionSampler", "subclass: accepts a path of the tree"): (
+        *_members(
+            f"{_GPU}.spec_decode.rejection_sampler:RejectionSampler",
+            "__call__",
+            "__init__",
+            "_get_logprobs_tensors",
+            "_verify",
+            "num_speculative_steps",
+            "sampler",
+        ),
+        *_members(
+            f"{_GPU}.sample.sampler:Sampler",
+            "apply_sampling_params",
+            "sampling_states",
+            "use_fp64_gumbel",
+        ),
         f"{_GPU}.sample.gumbel:gumbel_sample",
-        *_members(f"{_GPU}.sample.output:SamplerOutput", "__init__"),
-        f"{_GPU}.input_batch:get_num_sampled_and_rejected",
+        f"{_GPU}.sample.states:NO_LOGPROBS",
     ),
-    Hook("attention of the target's layers", "backend and impl exchanged after load"): (
+    Hook("attention layers", "backend and impl of each layer exchanged after loading"): (
         "vllm.config:get_layers_from_vllm_config",
-        "vllm.model_executor.layers.attention:Attention",
-        "vllm.v1.attention.backend:AttentionImpl",
-        "vllm.v1.attention.backend:AttentionMetadataBuilder",
-        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackend",
+        *_members(
+            "vllm.model_executor.layers.attention:Attention", "attn_backend", "impl", "kv_cache"
+        ),
+        *_members("vllm.v1.attention.backend:AttentionCGSupport", "NEVER"),
+        *_members(
+            "vllm.v1.attention.backend:AttentionMetadataBuilder",
+            "__init__",
+            "build",
+            "get_cudagraph_support",
+        ),
+        *_members("vllm.v1.attention.backend:CommonAttentionMetadata", "__init__", "replace"),
+        *_attention("cpu_attn", "CPUAttention", "CPUAttentionBackendImpl"),
+        *_attention(
+            "flash_attn", "FlashAttention", "FlashAttentionImpl", "vllm_flash_attn_version"
+        ),
+        *_members(f"{_BACKENDS}.flash_attn:FlashAttentionMetadataBuilder", "__init__", "build"),
+        *_attention("triton_attn", "TritonAttention", "TritonAttentionImpl"),
+        *_members(f"{_BACKENDS}.triton_attn:TritonAttentionMetadataBuilder", "__init__", "build"),
+        f"{_BACKENDS}.fa_utils:flash_attn_varlen_func",
+        "vllm.utils.torch_utils:canonicalize_singleton_dim_strides",
     ),
     Hook("vllm.entrypoints.cli.main", "official: `vllm serve` on a machine without a GPU"): (
         "vllm.entrypoints.cli.main:main",
