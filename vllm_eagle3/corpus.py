@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,7 @@ def read_shard(path: Path) -> list[Document]:
         raise ValueError(f"{path} is not a shard of training data ({error}): delete it") from error
     if offsets[-1] != len(tokens) or len(tokens) != len(assistant):
         raise ValueError(f"the arrays of {path} do not match: delete it")
-    return [
-        Document(tokens[start:end], assistant[start:end])
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
+    return [Document(tokens[start:end], assistant[start:end]) for start, end in pairwise(offsets)]
 
 
 def read_corpus(data_dir: Path) -> list[Document]:

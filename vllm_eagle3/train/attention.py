@@ -70,7 +70,7 @@ class _FlashPlusDiagonal(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, q, k, v, *diagonal):  # noqa: ANN001, ANN205
+    def forward(ctx: FunctionCtx, q, k, v, *diagonal):
         num_steps = len(diagonal) // 2
         keys, values = diagonal[:num_steps], diagonal[num_steps:]
         scale = 1.0 / math.sqrt(q.shape[-1])
@@ -93,7 +93,7 @@ class _FlashPlusDiagonal(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         q, k, v, out, lse, weights_JBNT, *diagonal = ctx.saved_tensors
         keys, values = diagonal[: ctx.num_steps], diagonal[ctx.num_steps :]
         grad = grad.contiguous()
@@ -126,7 +126,7 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
     return out, lse, ()
 
 
-def _flash_backward(grad, q, k, v, out, lse, extra) -> tuple:  # noqa: ANN001
+def _flash_backward(grad, q, k, v, out, lse, extra) -> tuple:
     lse = lse.contiguous()
     if q.device.type == "cuda":
         cum_seq_q, cum_seq_k, max_q, max_k, seed, offset = extra

@@ -23,9 +23,7 @@ def model_card(facts: dict[str, Any], data_dir: Path) -> str:
     rows = "\n".join(
         f"| {step} | {loss:.3f} | {100 * accuracy:.1f} % | {100 * accepted:.1f} % |"
         for step, (loss, accuracy, accepted) in enumerate(
-            zip(
-                evaluation["losses"], evaluation["accuracy"], evaluation["accepted"], strict=True
-            ),
+            zip(evaluation["losses"], evaluation["accuracy"], evaluation["accepted"], strict=True),
             1,
         )
     )
@@ -62,8 +60,8 @@ On documents kept out of training (sampled text, every position as the root):
 |---|---|---|---|
 {rows}
 
-A greedy chain of {len(evaluation["accepted"])} drafts would emit {evaluation["chain_tau"]:.2f} tokens for
-each forward pass of the target on this text.
+A greedy chain of {len(evaluation["accepted"])} drafts would emit
+{evaluation["chain_tau"]:.2f} tokens for each forward pass of the target on this text.
 
 ## Licence
 

@@ -99,7 +99,5 @@ def load_head(path: Path, embedding: torch.Tensor) -> Eagle3Head:
         aux_layer_ids=tuple(stored["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
     )
     head = Eagle3Head(config, embedding, ids)
-    head.load_state_dict(
-        {n: w.float() if w.is_floating_point() else w for n, w in weights.items()}
-    )
+    head.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in weights.items()})
     return head

@@ -25,7 +25,7 @@ class Target:
             )
 
     @property
-    def config(self):  # noqa: ANN201
+    def config(self):
         """The Transformers config of the target."""
         return self.model.config
 
@@ -72,7 +72,7 @@ class Target:
             covered_BT=covered_P.view(shape),
         )
 
-    def _capture(self, layer_id: int):  # noqa: ANN202
+    def _capture(self, layer_id: int):
         def hook(_layer: nn.Module, args: tuple, kwargs: dict) -> None:
             self._captured[layer_id] = args[0] if args else kwargs["hidden_states"]
 

@@ -1,5 +1,6 @@
 """The training loop: data in, head out."""
 
+import argparse
 import itertools
 import json
 import math
@@ -7,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,69 +21,24 @@ from vllm_eagle3.train.export import export
 from vllm_eagle3.train.features import Target, load_target
 from vllm_eagle3.train.initialise import initialise
 from vllm_eagle3.train.model import Eagle3Head, HeadConfig
-from vllm_eagle3.train.ttt import TTTResult, ttt_loss
+from vllm_eagle3.train.settings import TrainConfig, add_arguments, config_from_arguments
+from vllm_eagle3.train.ttt import TTTBatch, TTTResult, ttt_loss
 from vllm_eagle3.train.vocabulary import frequent_tokens
 
 STATE_FILE = "training_state.pt"
 LOG_FILE = "training_log.jsonl"
 _BETAS = (0.9, 0.95)
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. The defaults suit a head of about 10 million parameters.
-
-    The learning rate is some ten times the 5e-5..1e-4 that the EAGLE papers use for heads
-    of 1e8..1e9 parameters: the usual peak of a small Transformer trained from scratch falls
-    with its width (576 here against 4096), and clipping at 0.5 bounds the early steps.
-
-    Attributes:
-        draft_vocab_size: tokens that the head can predict.
-        batch_tokens: tokens of an optimiser step, padding included.
-        max_length: longer documents are cut.
-        epochs: passes over the data, at most.
-        steps: optimiser steps, at most; None for no limit.
-        minutes: wall-clock limit; the schedule ends with it. None for no limit.
-        learning_rate: peak, after ``warmup`` (share of the run), cosine to a tenth.
-        num_ttt_steps, ttt_decay: K and the decay of algorithm `ttt`.
-        held_out: share of the documents kept for evaluation.
-        attention: ``"flash"`` or ``"math"``.
-    """
-
-    draft_vocab_size: int = 8192
-    batch_tokens: int = 32768
-    max_length: int = 2048
-    epochs: int = 3
-    steps: int | None = None
-    minutes: float | None = None
-    learning_rate: float = 8e-4
-    warmup: float = 0.03
-    clip: float = 0.5
-    num_ttt_steps: int = 7
-    ttt_decay: float = 0.8
-    held_out: float = 0.01
-    eval_batches: int = 8
-    log_every: int = 10
-    eval_every: int = 500
-    save_every: int = 500
-    seed: int = 0
-    attention: str = "flash"
-
-    def __post_init__(self) -> None:
-        for name in ("draft_vocab_size", "batch_tokens", "max_length", "epochs", "num_ttt_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("steps", "minutes"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be positive, or left out for no limit")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
-        if self.attention not in ("flash", "math"):
-            raise ValueError(f"attention={self.attention!r}: use 'flash' or 'math'")
+__all__ = ["TrainConfig", "add_arguments", "run", "train"]
 
 
-def run(
+def run(args: argparse.Namespace) -> None:
+    """The command ``vllm-eagle3 train``."""
+    config = config_from_arguments(args)
+    print(f"wrote {train(args.target, args.data, args.out, config, args.device, args.resume)}")
+
+
+def train(
     target: str | Path,
     data_dir: Path,
     out_dir: Path,
@@ -157,9 +113,8 @@ class _Trainer:
             self._load_state()
         else:
             (self.out_dir / LOG_FILE).unlink(missing_ok=True)
-            first = next(self._batches(0))
-            initialise(self.head, self.target, self.target.read(
-                first, self.draft_token_ids, self.head.t2d))
+            sample = self._read(next(self._batches(0)))
+            initialise(self.head, self.target, sample)
         self._log(
             event="start",
             config=asdict(self.config),
@@ -206,15 +161,17 @@ class _Trainer:
         return result, grad_norm
 
     def _forward(self, batch: TokenBatch) -> TTTResult:
-        read = self.target.read(batch, self.draft_token_ids, self.head.t2d)
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
             return ttt_loss(
                 self.head,
-                read,
+                self._read(batch),
                 self.config.num_ttt_steps,
                 self.config.ttt_decay,
                 self.config.attention,
             )
+
+    def _read(self, batch: TokenBatch) -> TTTBatch:
+        return self.target.read(batch, self.draft_token_ids, self.head.t2d)
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -291,7 +248,7 @@ class _Trainer:
             grad_norm=round(float(grad_norm), 4),
             **_rounded(
                 {
-                    "loss": float(result.loss),
+                    "loss": result.loss.item(),
                     "losses": result.losses_K.tolist(),
                     "accuracy": result.accuracy_K.tolist(),
                     "accepted": result.accepted_K.tolist(),

@@ -142,7 +142,7 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_MH, weight_VH, target_PV, rows_M, weights_M):  # noqa: ANN001, ANN205
+    def forward(ctx: FunctionCtx, x_MH, weight_VH, target_PV, rows_M, weights_M):
         accurate = torch.promote_types(x_MH.dtype, torch.float32)
         matrix_VH = weight_VH.to(x_MH.dtype)
         loss = torch.zeros((), dtype=accurate, device=x_MH.device)
@@ -169,6 +169,6 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _drafted, _agree):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_loss, _drafted, _agree):
         grad_x_MH, grad_w_VH = ctx.saved_tensors
         return (grad_x_MH * grad_loss).to(grad_x_MH.dtype), grad_w_VH * grad_loss, None, None, None

@@ -1,0 +1,339 @@
+"""Training data written by the target itself, through vLLM's offline engine.
+
+A small target is bound by the scheduler, not by the device: several replicas, each an
+engine of its own in a process of its own, share one device. Every replica writes its own
+shards, so an interrupted run goes on where the last shard ended.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_eagle3.corpus import METADATA_FILE, read_shard, shard_paths, write_json, write_shard
+from vllm_eagle3.engine.conversation import (
+    GIVEN,
+    ChatFormat,
+    Conversation,
+    Kind,
+    draw_temperature,
+    normalised,
+    read_questions,
+)
+from vllm_eagle3.engine.synth_config import SynthConfig, add_arguments, config_from_arguments
+
+_DEVICE_SHARE = 0.85
+
+__all__ = ["SynthConfig", "add_arguments", "run", "synthesize"]
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command ``vllm-eagle3 data synth``."""
+    synthesize(args.target, args.out, config_from_arguments(args))
+
+
+def synthesize(target: str, out_dir: Path, config: SynthConfig | None = None) -> dict[str, Any]:
+    """Let ``target`` write conversations into shards of ``out_dir``.
+
+    Existing shards of an interrupted run are kept and counted.
+
+    Returns:
+        The content of ``metadata.json``: documents, tokens, what was dropped, speed.
+
+    Raises:
+        ValueError: an unsuitable tokenizer, or an unreadable file of questions.
+        RuntimeError: a replica failed.
+    """
+    config, out_dir = config or SynthConfig(), Path(out_dir)
+    for path in (*config.prompts, *config.exclude):
+        read_questions(path)  # fails here, before any engine starts
+    out_dir.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    failed: list[int] = []
+    if config.replicas == 1:
+        _replica(target, out_dir, config, 0, started)
+    else:
+        failed = _run_replicas(target, out_dir, config, started)
+    metadata = _finish(target, out_dir, config, time.time() - started)
+    if failed:
+        raise RuntimeError(
+            f"replicas {failed} of the synthesis failed (their messages are above); what was "
+            "written is kept: fix the cause and run the same command again"
+        )
+    return metadata
+
+
+def _run_replicas(target: str, out_dir: Path, config: SynthConfig, started: float) -> list[int]:
+    """Run all replicas to their ends; returns the indices of those that failed."""
+    from tqdm import tqdm
+
+    # spawn: a forked child could not start CUDA once anything here has touched it.
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_replica, args=(target, out_dir, config, index, started))
+        for index in range(config.replicas)
+    ]
+    for worker in workers:
+        worker.start()
+    bar = tqdm(total=config.tokens, unit="tok", unit_scale=True, desc="synthesis")
+    while any(worker.is_alive() for worker in workers):
+        time.sleep(1)
+        done = sum(status.get("tokens", 0) for status in _statuses(out_dir))
+        bar.update(done - bar.n)
+    bar.close()
+    return [i for i, worker in enumerate(workers) if worker.exitcode != 0]
+
+
+def _replica(target: str, out_dir: Path, config: SynthConfig, index: int, started: float) -> None:
+    _Replica(target, out_dir, config, index, started).run()
+
+
+class _Replica:
+    """One engine, kept full of conversations."""
+
+    def __init__(
+        self, target: str, out_dir: Path, config: SynthConfig, index: int, started: float
+    ) -> None:
+        self.config, self.out_dir, self.index = config, out_dir, index
+        self.deadline = None if config.minutes is None else started + 60 * config.minutes
+        self.wanted = config.tokens // config.replicas
+        self.status_path = out_dir / f"replica-{index:02d}.json"
+        self._resume()
+        self.target = target
+
+    def _resume(self) -> None:
+        status = json.loads(self.status_path.read_text()) if self.status_path.is_file() else {}
+        self.shards = list(self.out_dir.glob(f"shard-{self.index:02d}-*.safetensors"))
+        documents = [d for path in self.shards for d in read_shard(path)]
+        self.tokens = sum(len(d.tokens) for d in documents)
+        self.seen = {d.tokens.tobytes() for d in documents}
+        self.kinds = Counter(status.get("documents_by_kind", {}))
+        self.dropped = Counter(status.get("dropped", {}))
+        self.questions_used = status.get("questions_used", 0)
+        self.num_shards = len(self.shards)
+        self.finished: list[tuple[Kind, Any]] = []
+        self.shard_tokens = 0
+        # Every part of an interrupted run draws anew.
+        self.rng = random.Random(f"{self.config.seed}/{self.index}/{self.num_shards}")
+
+    def run(self) -> None:
+        if self.tokens >= self.wanted:
+            return
+        self._start_engine()
+        self.running: dict[str, Conversation] = {}
+        self.next_id = 0
+        reported = time.time()
+        while not self._over():
+            while len(self.running) < self.config.max_num_seqs:
+                self._submit(self._new_conversation())
+            for output in self.engine.step():
+                if output.finished:
+                    self._advance(self.running.pop(output.request_id), output.outputs[0])
+            if time.time() - reported > 1:
+                self._report()
+                reported = time.time()
+        self.engine.abort_request(list(self.running))
+        self._write_shard()
+
+    def _start_engine(self) -> None:
+        from transformers import AutoTokenizer
+        from vllm import LLM
+
+        config = self.config
+        tokenizer = AutoTokenizer.from_pretrained(self.target)
+        self.form = ChatFormat.from_tokenizer(tokenizer, config.kinds)
+        self.tokenizer = tokenizer
+        self.openings = {kind.opening: self._encode(kind.opening) for kind in config.kinds}
+        self.excluded = {normalised(q) for path in config.exclude for q in read_questions(path)}
+        questions = [q for path in config.prompts for q in read_questions(path)]
+        self.questions = questions[self.index :: config.replicas]
+        arguments = {
+            "max_num_seqs": config.max_num_seqs,
+            "max_model_len": config.max_model_len,
+            "enable_prefix_caching": True,
+            "seed": self.rng.randrange(2**31),
+            "disable_log_stats": True,
+        }
+        if config.replicas > 1:
+            # Profiling cannot tell the replicas' memory apart; a fixed share can.
+            arguments["gpu_memory_utilization"] = _DEVICE_SHARE / config.replicas
+            arguments["kv_cache_memory_bytes"] = _kv_cache_bytes(config.replicas)
+        # The engine's own loop, not LLM.generate: a finished turn makes room for the next at
+        # once, and the time limit needs no full batch to end.
+        self.llm = LLM(self.target, **(arguments | config.engine_args))
+        self.engine = self.llm.llm_engine
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+    def _over(self) -> bool:
+        late = self.deadline is not None and time.time() > self.deadline
+        return late or self.tokens + self.shard_tokens >= self.wanted
+
+    def _new_conversation(self) -> Conversation:
+        config, rng = self.config, self.rng
+        turns = 2 if rng.random() < config.second_turns else 1
+        temperature = draw_temperature(rng, config.answer_temperatures)
+        while self.questions_used < len(self.questions) and rng.random() < config.prompts_share:
+            question = self.questions[self.questions_used]
+            self.questions_used += 1
+            if normalised(question) in self.excluded:
+                self.dropped["equal to an excluded prompt"] += 1
+                continue
+            question_ids = self._encode(question)
+            if len(question_ids) > config.max_model_len - config.max_answer_tokens - 128:
+                self.dropped["question too long"] += 1
+                continue
+            conversation = Conversation.start(self.form, GIVEN, [], turns, temperature)
+            conversation.take_user_turn(self.form, question_ids)
+            return conversation
+        kind = rng.choices(config.kinds, [k.weight for k in config.kinds])[0]
+        opening = self.openings[kind.opening]
+        return Conversation.start(self.form, kind, opening, turns, temperature)
+
+    def _submit(self, conversation: Conversation) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        config = self.config
+        if conversation.writes_answer:
+            limit, temperature, top_p = config.max_answer_tokens, conversation.temperature, 1.0
+        else:
+            limit, temperature = config.max_user_tokens, config.user_temperature
+            top_p = config.user_top_p
+        params = SamplingParams(
+            max_tokens=min(limit, config.max_model_len - len(conversation.tokens)),
+            temperature=temperature,
+            top_p=top_p,
+            stop_token_ids=[self.form.end_of_turn],
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        request_id = f"{self.index}-{self.next_id}"
+        self.next_id += 1
+        self.running[request_id] = conversation
+        self.engine.add_request(request_id, {"prompt_token_ids": conversation.tokens}, params)
+
+    def _advance(self, conversation: Conversation, completion: Any) -> None:
+        tokens = list(completion.token_ids)
+        ended = completion.finish_reason == "stop" and tokens[-1] == self.form.end_of_turn
+        if conversation.writes_answer:
+            goes_on = conversation.take_answer(self.form, tokens)
+            room = self.config.max_model_len - self.config.max_answer_tokens
+            if goes_on and len(conversation.tokens) + self.config.max_user_tokens < room:
+                self._submit(conversation)
+            else:
+                self._keep(conversation)
+            return
+        if not ended:
+            self.dropped["unfinished user turn"] += 1
+        elif len(tokens) + len(conversation.user_turn) < 3:
+            self.dropped["empty user turn"] += 1
+        elif (
+            normalised(self.tokenizer.decode(conversation.user_turn + tokens[:-1])) in self.excluded
+        ):
+            self.dropped["equal to an excluded prompt"] += 1
+        else:
+            conversation.take_user_turn(self.form, tokens[:-1])
+            self._submit(conversation)
+            return
+        if conversation.turns_done:  # the first turn is whole: keep that
+            self._keep(conversation)
+
+    def _keep(self, conversation: Conversation) -> None:
+        document = conversation.document()
+        key = document.tokens.tobytes()
+        if key in self.seen:
+            self.dropped["duplicate"] += 1
+            return
+        self.seen.add(key)
+        self.finished.append((conversation.kind, document))
+        self.shard_tokens += len(document.tokens)
+        if len(self.finished) >= self.config.shard_documents:
+            self._write_shard()
+
+    def _write_shard(self) -> None:
+        if self.finished:
+            path = self.out_dir / f"shard-{self.index:02d}-{self.num_shards:05d}.safetensors"
+            write_shard(path, [document for _, document in self.finished])
+            self.num_shards += 1
+            self.kinds.update(kind.name for kind, _ in self.finished)
+            self.tokens += self.shard_tokens
+            self.finished, self.shard_tokens = [], 0
+        self._report()
+
+    def _report(self) -> None:
+        write_json(
+            self.status_path,
+            {
+                "tokens": self.tokens + self.shard_tokens,
+                "documents_by_kind": dict(self.kinds),
+                "dropped": dict(self.dropped),
+                "questions_used": self.questions_used,
+            },
+        )
+
+
+def _kv_cache_bytes(replicas: int) -> int:
+    """A replica's share of the device, less weights, activations, graphs and context."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 1 << 30
+    share = torch.cuda.get_device_properties(0).total_memory * _DEVICE_SHARE / replicas
+    return max(1 << 30, int(share) - (5 << 30))
+
+
+def _statuses(out_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(out_dir.glob("replica-*.json"))]
+
+
+def _finish(target: str, out_dir: Path, config: SynthConfig, seconds: float) -> dict[str, Any]:
+    """Drop what two replicas wrote alike, and write ``metadata.json``."""
+    seen: set[bytes] = set()
+    documents = tokens = assistant = duplicates = 0
+    for path in shard_paths(out_dir):
+        shard = read_shard(path)
+        kept = []
+        for document in shard:
+            if document.tokens.tobytes() not in seen:
+                seen.add(document.tokens.tobytes())
+                kept.append(document)
+        if not kept:
+            path.unlink()
+        elif len(kept) < len(shard):
+            write_shard(path, kept)
+        duplicates += len(shard) - len(kept)
+        documents += len(kept)
+        tokens += sum(len(d.tokens) for d in kept)
+        assistant += int(sum(d.assistant.sum() for d in kept))
+    kinds, dropped = Counter(), Counter({"duplicate across replicas": duplicates})
+    for status in _statuses(out_dir):
+        kinds.update(status["documents_by_kind"])
+        dropped.update(status["dropped"])
+    settings = asdict(config) | {
+        "prompts": [path.name for path in map(Path, config.prompts)],
+        "exclude": [path.name for path in map(Path, config.exclude)],
+    }
+    given = ", and answers to " + ", ".join(settings["prompts"]) if config.prompts else ""
+    metadata = {
+        "description": f"user turns from the bare chat header, their answers{given}.",
+        "target": Path(target).name,
+        "documents": documents,
+        "tokens": tokens,
+        "assistant_tokens": assistant,
+        "documents_by_kind": dict(kinds.most_common()),
+        "dropped": dict(dropped),
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9)),
+        "config": settings,
+    }
+    write_json(out_dir / METADATA_FILE, metadata)
+    print(f"{documents:,} documents, {tokens:,} tokens in {seconds:.0f} s", file=sys.stderr)
+    return metadata
