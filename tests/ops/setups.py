@@ -172,3 +172,67 @@ class Attention:
             # The interpreter cuts a float32 down to bfloat16 where hardware rounds it.
             allowed += torch.finfo(self.dtype).eps * exact.abs().max()
         assert (found.double() - exact).abs().max() <= allowed
+
+
+@dataclass
+class Batch:
+    """Where the rows of a batch are: for each request its slot, prefill rows and tree rows.
+
+    A request with no rows at all is padding. ``spare`` rows at the end belong to no request.
+    """
+
+    slots: list[int]
+    prefill: list[int]
+    nodes: list[int]
+    spare: int = 0
+
+    def __post_init__(self) -> None:
+        rows = [p + n for p, n in zip(self.prefill, self.nodes, strict=True)]
+        self.num_tokens = sum(rows) + self.spare
+        self.idx_mapping_B = int64(self.slots)
+        self.query_start_loc_B1 = cumulative(rows)
+        self.cu_num_logits_B1 = cumulative(self.nodes)
+        self.roots = [sum(rows[: b + 1]) - n for b, n in enumerate(self.nodes)]
+
+    @property
+    def rows(self) -> dict[str, torch.Tensor]:
+        return {
+            "idx_mapping_B": self.idx_mapping_B,
+            "query_start_loc_B1": self.query_start_loc_B1,
+            "cu_num_logits_B1": self.cu_num_logits_B1,
+        }
+
+
+def mixed_batch(seed: int, num_slots: int, num_nodes: int) -> Batch:
+    """Whole and trimmed trees, plain decodes, prefill chunks, padding, and no slot."""
+    rng = random.Random(seed)
+    slots = rng.sample(range(num_slots), 6)
+    trimmed = rng.randrange(2, num_nodes + 1)
+    return Batch(
+        slots=[*slots[:4], -1, *slots[4:], num_slots + 3],
+        prefill=[0, 0, 0, rng.randrange(1, 70), 0, 0, 0, 0],
+        nodes=[num_nodes, trimmed, 1, 1, min(3, num_nodes), 0, num_nodes, 2],
+        spare=rng.randrange(5),
+    )
+
+
+def random_paths(
+    seed: int, batch: Batch, num_slots: int, num_nodes: int
+) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
+    """Accepted paths in the slots (those not in the batch hold nonsense), and for each request.
+
+    A request without a slot gets the path that moves nothing.
+    """
+    rng = random.Random(seed)
+    path_RN = torch.full((num_slots, num_nodes), 10**6, dtype=torch.int32)
+    path_len_R = torch.full((num_slots,), num_nodes, dtype=torch.int32)
+    paths = []
+    for slot, nodes in zip(batch.slots, batch.nodes, strict=True):
+        path = [0]
+        if 0 <= slot < num_slots:
+            path += sorted(rng.sample(range(1, nodes), rng.randrange(nodes)) if nodes else [])
+            path_RN[slot] = 0
+            path_RN[slot, : len(path)] = torch.tensor(path)
+            path_len_R[slot] = len(path)
+        paths.append(path if nodes else [])
+    return path_RN.to(DEVICE), path_len_R.to(DEVICE), paths

@@ -48,16 +48,17 @@ def _gather_tree_rows_kernel(
 
     slot = tl.load(idx_mapping_ptr + request).to(tl.int64)
     has_tree = (length > 1) & (slot >= 0) & (slot < num_slots)
-    root_position = tl.load(linear_positions_ptr + root, mask=length > 0, other=0)
+    num_stored = tl.where(has_tree, length, 0)
+    root_position = tl.load(linear_positions_ptr + tl.minimum(root, end - 1))
     for first in range(0, length, BLOCK):
         node = first + tl.arange(0, BLOCK)
         in_tree = (node < length) & (node < num_nodes)
-        stored = in_tree & has_tree
+        stored = in_tree & (node < num_stored)
         chain_bits = (tl.full([BLOCK], 2, tl.int64) << node.to(tl.int64)) - 1
         bits = tl.load(ancestor_bits_ptr + slot * num_nodes + node, mask=stored, other=0)
         depth = tl.load(depths_ptr + slot * num_nodes + node, mask=stored, other=0)
-        bits = tl.where(has_tree, bits, chain_bits)
-        depth = tl.where(has_tree, depth, node)
+        bits = tl.where(stored, bits, chain_bits)
+        depth = tl.where(stored, depth, node)
         tl.store(out_bits_ptr + root + node, bits, mask=in_tree)
         tl.store(out_positions_ptr + root + node, root_position + depth, mask=in_tree)
 

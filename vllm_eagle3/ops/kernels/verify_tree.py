@@ -31,8 +31,9 @@ def _verify_tree_kernel(
     exists = (nodes < length) & (nodes < num_nodes)
     target_tokens = tl.load(target_tokens_ptr + first + nodes, mask=exists, other=0)
     draft_tokens = tl.load(draft_tokens_ptr + first + nodes, mask=exists, other=0).to(tl.int64)
-    parents = tl.load(parents_ptr + slot * num_nodes + nodes, mask=exists & has_slot, other=-1)
-    parents = tl.where(has_slot, parents, nodes - 1)
+    stored = exists & (nodes < tl.where(has_slot, length, 0))
+    parents = tl.load(parents_ptr + slot * num_nodes + nodes, mask=stored, other=-1)
+    parents = tl.where(stored, parents, nodes - 1)
 
     # All state stays in registers: places of the path and of the tokens are lanes.
     path = tl.zeros([BLOCK], tl.int32)
@@ -50,8 +51,9 @@ def _verify_tree_kernel(
 
     tl.store(num_sampled_ptr + request, path_len)
     tl.store(tokens_ptr + request * num_columns + nodes, emitted, mask=nodes < num_columns)
-    tl.store(path_ptr + slot * num_nodes + nodes, path, mask=(nodes < num_nodes) & has_slot)
-    tl.store(path_len_ptr + slot, path_len, mask=has_slot)
+    if has_slot:
+        tl.store(path_ptr + slot * num_nodes + nodes, path, mask=nodes < num_nodes)
+        tl.store(path_len_ptr + slot, path_len)
 
 
 def launch(
