@@ -5,6 +5,7 @@ rows of q and k go back from llama.cpp's interleaved rotary order to the half-sp
 that Transformers and vLLM use. The tokenizer is rebuilt from the GGUF's own metadata.
 """
 
+import argparse
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,19 @@ _BLOCK_NAMES = {
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
-def run(out_dir: Path, gguf_path: Path | None = None, dtype: str = "bfloat16") -> Path:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``vllm-eagle3 convert-smollm2``."""
+    parser.add_argument("out_dir", type=Path, help="folder for the checkpoint")
+    parser.add_argument("--gguf", type=Path, help="a GGUF file instead of the package's")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command ``vllm-eagle3 convert-smollm2``."""
+    print(f"wrote {convert(args.out_dir, args.gguf, args.dtype)}")
+
+
+def convert(out_dir: Path, gguf_path: Path | None = None, dtype: str = "bfloat16") -> Path:
     """Write the checkpoint and its tokenizer to ``out_dir``.
 
     Args:

@@ -1,5 +1,7 @@
-"""What to synthesise: the settings, validated once."""
+"""What to synthesise: the settings, validated once, and their command line."""
 
+import argparse
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,3 +62,69 @@ class SynthConfig:
                 f"max_model_len={self.max_model_len} cannot hold a user turn and an answer: "
                 f"raise it (two full turns take about {longest}), or lower max_answer_tokens"
             )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``vllm-eagle3 data synth``."""
+    default = SynthConfig()
+    parser.add_argument("--target", required=True, help="a checkpoint with a chat template")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the shards")
+
+    def add(name: str, kind: type, text: str) -> None:
+        value = getattr(default, name)
+        shown = "none" if value is None else value
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=value, help=f"{text} ({shown})"
+        )
+
+    add("tokens", int, "stop at this many tokens")
+    add("minutes", float, "stop after this long, start of the engines included")
+    add("replicas", int, "engines that share the device")
+    add("max_num_seqs", int, "conversations in flight, each replica")
+    add("max_model_len", int, "tokens of a conversation, at most")
+    add("max_user_tokens", int, "tokens of a user turn, at most")
+    add("max_answer_tokens", int, "tokens of an answer, at most")
+    add("user_temperature", float, "of user turns")
+    add("user_top_p", float, "of user turns")
+    add("second_turns", float, "share of conversations with a second user turn")
+    add("prompts_share", float, "share of given questions among what is started")
+    add("shard_documents", int, "documents of a shard")
+    add("seed", int, "of everything drawn")
+    parser.add_argument(
+        "--answer-temperatures",
+        type=_mix,
+        default=default.answer_temperatures,
+        metavar="T=WEIGHT,...",
+        help="of answers (0=0.4,0.7=0.3,1=0.3)",
+    )
+    parser.add_argument(
+        "--kinds", type=_kinds, default=DEFAULT_KINDS, metavar="FILE.json",
+        help="a list of {name, system, opening, weight} instead of the default kinds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompts", type=Path, nargs="*", default=(), metavar="FILE.jsonl",
+        help="questions to answer besides (keys turns, question or prompt)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exclude", type=Path, nargs="*", default=(), metavar="FILE.jsonl",
+        help="questions that must not occur (evaluation sets)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--engine-args", type=json.loads, default={}, metavar="JSON",
+        help="further arguments of vllm.LLM, such as '{\"enforce_eager\": true}'",
+    )  # fmt: skip
+
+
+def config_from_arguments(args: argparse.Namespace) -> SynthConfig:
+    """Settings from the command line."""
+    given = {k: v for k, v in vars(args).items() if k in SynthConfig.__dataclass_fields__}
+    return SynthConfig(**given | {"prompts": tuple(args.prompts), "exclude": tuple(args.exclude)})
+
+
+def _mix(text: str) -> dict[float, float]:
+    pairs = (part.split("=") for part in text.split(","))
+    return {float(temperature): float(weight) for temperature, weight in pairs}
+
+
+def _kinds(path: str) -> tuple[Kind, ...]:
+    return tuple(Kind(**entry) for entry in json.loads(Path(path).read_text()))

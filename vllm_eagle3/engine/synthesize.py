@@ -5,6 +5,7 @@ engine of its own in a process of its own, share one device. Every replica write
 shards, so an interrupted run goes on where the last shard ended.
 """
 
+import argparse
 import json
 import multiprocessing
 import random
@@ -25,14 +26,19 @@ from vllm_eagle3.engine.conversation import (
     normalised,
     read_questions,
 )
-from vllm_eagle3.engine.synth_config import SynthConfig
+from vllm_eagle3.engine.synth_config import SynthConfig, add_arguments, config_from_arguments
 
 _DEVICE_SHARE = 0.85
 
-__all__ = ["SynthConfig", "run"]
+__all__ = ["SynthConfig", "add_arguments", "run", "synthesize"]
 
 
-def run(target: str, out_dir: Path, config: SynthConfig | None = None) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> None:
+    """The command ``vllm-eagle3 data synth``."""
+    synthesize(args.target, args.out, config_from_arguments(args))
+
+
+def synthesize(target: str, out_dir: Path, config: SynthConfig | None = None) -> dict[str, Any]:
     """Let ``target`` write conversations into shards of ``out_dir``.
 
     Existing shards of an interrupted run are kept and counted.

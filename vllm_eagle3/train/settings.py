@@ -1,6 +1,8 @@
-"""How to train: the settings, validated once."""
+"""How to train: the settings, validated once, and their command line."""
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,41 @@ class TrainConfig:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         if self.attention not in ("flash", "math"):
             raise ValueError(f"attention={self.attention!r}: use 'flash' or 'math'")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``vllm-eagle3 train``."""
+    default = TrainConfig()
+    parser.add_argument("--target", required=True, help="a Llama checkpoint, folder or hub name")
+    parser.add_argument("--data", required=True, type=Path, help="folder of `data synth`")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the head")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is some)")
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
+
+    def add(name: str, kind: type, text: str) -> None:
+        value = getattr(default, name)
+        shown = "none" if value is None else value
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=value, help=f"{text} ({shown})"
+        )
+
+    add("draft_vocab_size", int, "tokens that the head can predict")
+    add("epochs", int, "passes over the data, at most")
+    add("steps", int, "optimiser steps, at most")
+    add("minutes", float, "wall-clock limit; the learning rate ends with it")
+    add("batch_tokens", int, "tokens of an optimiser step")
+    add("max_length", int, "longer documents are cut")
+    add("learning_rate", float, "peak")
+    add("num_ttt_steps", int, "draft steps trained through")
+    add("ttt_decay", float, "weight of a draft step relative to the one before")
+    add("log_every", int, "steps between log lines")
+    add("eval_every", int, "steps between evaluations")
+    add("save_every", int, "steps between states to resume from")
+    add("seed", int, "of the order and the weights")
+    add("attention", str, "flash or math")
+
+
+def config_from_arguments(args: argparse.Namespace) -> TrainConfig:
+    """Settings from the command line; what has no option keeps its default."""
+    names = {field.name for field in fields(TrainConfig)}
+    return TrainConfig(**{k: v for k, v in vars(args).items() if k in names})

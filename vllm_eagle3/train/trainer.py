@@ -1,5 +1,6 @@
 """The training loop: data in, head out."""
 
+import argparse
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from vllm_eagle3.train.export import export
 from vllm_eagle3.train.features import Target, load_target
 from vllm_eagle3.train.initialise import initialise
 from vllm_eagle3.train.model import Eagle3Head, HeadConfig
-from vllm_eagle3.train.settings import TrainConfig
+from vllm_eagle3.train.settings import TrainConfig, add_arguments, config_from_arguments
 from vllm_eagle3.train.ttt import TTTBatch, TTTResult, ttt_loss
 from vllm_eagle3.train.vocabulary import frequent_tokens
 
@@ -28,10 +29,16 @@ STATE_FILE = "training_state.pt"
 LOG_FILE = "training_log.jsonl"
 _BETAS = (0.9, 0.95)
 
-__all__ = ["TrainConfig", "run"]
+__all__ = ["TrainConfig", "add_arguments", "run", "train"]
 
 
-def run(
+def run(args: argparse.Namespace) -> None:
+    """The command ``vllm-eagle3 train``."""
+    config = config_from_arguments(args)
+    print(f"wrote {train(args.target, args.data, args.out, config, args.device, args.resume)}")
+
+
+def train(
     target: str | Path,
     data_dir: Path,
     out_dir: Path,
