@@ -246,6 +246,9 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         f"{_BACKENDS}.fa_utils:flash_attn_varlen_func",
         "vllm.utils.torch_utils:canonicalize_singleton_dim_strides",
     ),
+    Hook("vllm.sampling_params", "public: of the offline engine that writes training data"): (
+        "vllm.sampling_params:RequestOutputKind",
+    ),
     Hook("vllm.entrypoints.cli.main", "official: `vllm serve` on a machine without a GPU"): (
         "vllm.entrypoints.cli.main:main",
     ),
