@@ -1,0 +1,27 @@
+"""One tiny pair of models and one plain engine for all tests of the engine."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from tests.engine import tiny
+from tests.engine.engines import Engine, running
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    """Hundreds of lines of vLLM's log hide a failure's own message."""
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tiny.Pair:
+    return tiny.write_pair(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def plain(pair: tiny.Pair) -> Iterator[Engine]:
+    """vLLM without drafts: what every other engine must agree with."""
+    with running(pair, max_num_seqs=20) as engine:
+        yield engine

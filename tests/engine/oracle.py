@@ -1,0 +1,134 @@
+"""Drafts of oracle quality: random trees that hide tokens the target is known to emit.
+
+A random head is never right, so its trees would exercise neither deep accepts nor the moving
+of caches. The oracle replaces each drafted tree, at the point where it is published, by a
+random one with some true tokens at random nodes.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from tests.engine.engines import Engine, Tokens
+from vllm_eagle3.tree import mask
+from vllm_eagle3.tree.chain import best_chain
+from vllm_eagle3.tree.types import NO_PARENT, DraftTree
+
+
+class Oracle:
+    """Feeds an engine's verification and counts what it met.
+
+    Attributes:
+        count: ``steps`` verified trees, ``accepted`` draft tokens, ``moved`` trees whose
+            path was not in place already, ``trimmed`` trees of fewer nodes than drafted,
+            ``placeholders`` rows with drafts but without a tree, ``mixed`` batches with both
+            trees and prompts, ``untreed`` decoding requests without drafts beside trees.
+        lengths: number of trees for each number of scheduled drafts.
+        drafted: the tree that the engine itself drew up after each text: one row of
+            :class:`DraftTree` by field name.
+    """
+
+    def __init__(self, engine: Engine, monkeypatch: Any, seed: int = 0, max_true: int = 7) -> None:
+        self.count: Counter[str] = Counter()
+        self.lengths: Counter[int] = Counter()
+        self.drafted: dict[Tokens, dict[str, torch.Tensor]] = {}
+        self.texts: list[Tokens] = []
+        self._rng = random.Random(seed)
+        self._max_true = max_true
+        self._states = engine.runner.req_states
+        self._speculator = engine.runner.speculator
+        self._vocab_size = engine.runner.vocab_size
+        self._publish = self._speculator._publish
+        self._commit = self._speculator._commit
+        monkeypatch.setattr(self._speculator, "_publish", self._publish_oracle)
+        monkeypatch.setattr(self._speculator, "_commit", self._count_commit)
+
+    def know(self, prompts: Iterable[Tokens], outputs: Iterable[Tokens]) -> None:
+        """Add texts to draft from."""
+        self.texts += [
+            tuple(prompt) + tuple(output) for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+
+    def continuation(self, text: Tokens) -> Tokens:
+        """Up to ``max_true`` tokens that follow ``text``."""
+        length = self._rng.randint(0, self._max_true)
+        for known in self.texts if text else ():
+            if known[: len(text)] == text:
+                return known[len(text) : len(text) + length]
+        return ()
+
+    def _publish_oracle(self, drafted: DraftTree) -> None:
+        slots = self._speculator.idx_mapping[: drafted.tokens_BN.shape[0]].tolist()
+        num_nodes = drafted.tokens_BN.shape[1]
+        texts = [text_so_far(self._states, slot) for slot in slots]
+        for row, text in enumerate(texts):
+            fields = {name: value[row].clone() for name, value in vars(drafted).items()}
+            self.drafted[text] = fields
+        rows = [self._random_tree(text, num_nodes) for text in texts]
+        tree = _draft_tree([tokens for tokens, _ in rows], [parents for _, parents in rows])
+        chain_rows_B = self._speculator._chain_rows_B
+        if chain_rows_B is not None:
+            chain = best_chain(tree, num_nodes - 1)
+            for row in chain_rows_B.nonzero()[:, 0].tolist():
+                for name in vars(tree):
+                    getattr(tree, name)[row] = getattr(chain, name)[row]
+        self._publish(tree)
+
+    def _random_tree(self, text: Tokens, num_nodes: int) -> tuple[list[int], list[int]]:
+        true = self.continuation(text)[: num_nodes - 1]
+        hidden = dict(
+            zip(sorted(self._rng.sample(range(1, num_nodes), len(true))), true, strict=True)
+        )
+        tokens, parents, last = [0], [NO_PARENT], 0
+        for node in range(1, num_nodes):
+            if node in hidden:
+                tokens.append(hidden[node])
+                parents.append(last)
+                last = node
+            else:
+                tokens.append(self._rng.randrange(self._vocab_size))
+                parents.append(self._rng.randrange(node))
+        return tokens, parents
+
+    def _count_commit(self, batch: Any, hidden: torch.Tensor) -> torch.Tensor:
+        buffers = self._speculator.tree.buffers
+        drafts = batch.num_draft_tokens_per_req
+        for row, slot in enumerate(batch.idx_mapping_np.tolist()):
+            num_drafts = int(drafts[row])
+            if not num_drafts:
+                self.count["untreed"] += int(batch.num_scheduled_tokens[row]) == 1
+                continue
+            parents = buffers.parents_RN[slot, 1 : num_drafts + 1]
+            if (parents == NO_PARENT).all():
+                self.count["placeholders"] += 1
+            path = buffers.path_RN[slot, : int(buffers.path_len_R[slot])].tolist()
+            self.count["steps"] += 1
+            self.count["accepted"] += len(path) - 1
+            self.count["moved"] += path != list(range(len(path)))
+            self.count["trimmed"] += num_drafts < buffers.parents_RN.shape[1] - 1
+            self.lengths[num_drafts] += 1
+        prompts = (drafts == 0) & (batch.num_scheduled_tokens > 1)
+        self.count["mixed"] += bool(prompts.any())
+        return self._commit(batch, hidden)
+
+
+def text_so_far(req_states: Any, slot: int) -> Tokens:
+    """Prompt and output of the request in a slot; of none in a padded or dummy row."""
+    if slot < 0:
+        return ()
+    length = int(req_states.total_len.gpu[slot])
+    return tuple(req_states.all_token_ids.gpu[slot, :length].tolist())
+
+
+def _draft_tree(tokens: list[list[int]], parents: list[list[int]]) -> DraftTree:
+    parents_BN = torch.tensor(parents, dtype=torch.int32)
+    return DraftTree(
+        tokens_BN=torch.tensor(tokens),
+        parents_BN=parents_BN,
+        depths_BN=mask.depths(parents_BN),
+        ancestor_bits_BN=mask.ancestor_bits(parents_BN),
+        scores_BN=torch.zeros(parents_BN.shape),
+    )
