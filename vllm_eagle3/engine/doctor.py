@@ -222,15 +222,15 @@ def _hooks() -> Iterator[Finding]:
 
 def _kernels(machine: Machine) -> Iterator[Finding]:
     section = "Kernels that can run"
-    yield Finding(section, "torch", "problem" if machine.error else "ok", "any device")
+    yield Finding(section, "torch reference", "absent" if machine.error else "ok", "any device")
     triton = bool(_version("triton"))
     if not triton:
         remedy = "install Triton: pip install triton"
-        yield Finding(section, "Triton", "problem", "triton is not installed", remedy)
+        yield Finding(section, "Triton kernels", "problem", "triton is not installed", remedy)
     elif machine.gpu:
-        yield Finding(section, "Triton", "ok", f"on {machine.gpu}")
+        yield Finding(section, "Triton kernels", "ok", f"on {machine.gpu}")
     else:
-        yield Finding(section, "Triton", "absent", "no GPU")
+        yield Finding(section, "Triton kernels", "absent", "no GPU")
         yield Finding(section, "Triton interpreter", "ok", "on the CPU, for trying and testing")
     yield _flash_attention(section, machine)
 
