@@ -103,7 +103,7 @@ def ttt_loss(
             head.lm_head.weight,
             target_logits_PV,
             rows_M,
-            covered_M / covered_M.sum().clamp(min=1),
+            covered_M.to(head.lm_head.weight.dtype) / covered_M.sum().clamp(min=1),
         )
         losses.append(loss)
         with torch.no_grad():

@@ -1,0 +1,70 @@
+"""The joint attention of flash kernel and diagonal equals the explicit softmax."""
+
+import pytest
+import torch
+
+from vllm_eagle3.train.attention import diagonal_attention
+
+
+def inputs(num_steps: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(num_steps)
+    shape = 2, 3, 37, 16
+    return [
+        torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+        for _ in range(3 + 2 * num_steps)
+    ]
+
+
+def explicit(num_steps: int, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """One softmax over [keys of step 0 | keys of steps 1..k], all slots visible or not."""
+    q = tensors[0]
+    keys = [tensors[1], *tensors[3 : 3 + num_steps]]
+    values = [tensors[2], *tensors[3 + num_steps :]]
+    slots = q.shape[2]
+    visible = [torch.ones(slots, slots, dtype=torch.bool).tril()]
+    visible += [torch.eye(slots, dtype=torch.bool)] * num_steps
+    scores = q @ torch.cat(keys, 2).transpose(2, 3) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~torch.cat(visible, 1), -torch.inf).softmax(-1)
+    return weights @ torch.cat(values, 2)
+
+
+@pytest.mark.parametrize("impl", ["flash", "math"])
+@pytest.mark.parametrize("num_steps", [0, 1, 4])
+def test_output_and_all_gradients_equal_the_explicit_softmax(impl: str, num_steps: int) -> None:
+    tensors = inputs(num_steps, torch.float64)
+    upstream = torch.randn(tensors[0].shape, dtype=torch.float64)
+    out = diagonal_attention(
+        *tensors[:3], tensors[3 : 3 + num_steps], tensors[3 + num_steps :], impl
+    )
+    expected = explicit(num_steps, tensors)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, tensors, upstream),
+        torch.autograd.grad(expected, tensors, upstream),
+        rtol=1e-11,
+        atol=1e-12,
+    )
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    with pytest.raises(ValueError, match="'flash' or 'math'"):
+        diagonal_attention(*inputs(0, torch.float32), [], [], "fast")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_bfloat16_is_as_exact_as_bfloat16_allows() -> None:
+    exact = inputs(3, torch.float64)
+    upstream = torch.randn(exact[0].shape, dtype=torch.float64)
+    expected = [explicit(3, exact)]
+    expected += torch.autograd.grad(expected[0], exact, upstream)
+    errors = {}
+    for impl in ("flash", "math"):
+        tensors = [t.detach().to("cuda", torch.bfloat16).requires_grad_() for t in exact]
+        out = diagonal_attention(*tensors[:3], tensors[3:6], tensors[6:], impl)
+        got = [out, *torch.autograd.grad(out, tensors, upstream.to("cuda", torch.bfloat16))]
+        errors[impl] = [
+            (a.double().cpu() - b).abs().max() for a, b in zip(got, expected, strict=True)
+        ]
+    for flash, math in zip(errors["flash"], errors["math"], strict=True):
+        assert flash <= 2 * math + 1e-3
