@@ -99,7 +99,8 @@ def ttt_loss(
         rows_M = slots_M + 1 + step  # the target's rows, in the same flat order
         covered_M = covered_P[rows_M]
         loss, drafted_M, agree_M = _LinearSoftCrossEntropy.apply(
-            head.norm(hidden_BTH.flatten(0, 1)[slots_M]),
+            # index_select: its backward adds rows, that of [] sorts them first.
+            head.norm(hidden_BTH.flatten(0, 1).index_select(0, slots_M)),
             head.lm_head.weight,
             target_logits_PV,
             rows_M,
@@ -159,7 +160,8 @@ class _LinearSoftCrossEntropy(torch.autograd.Function):
             agree_M[part] = drafted_M[part] == target.argmax(-1)
             p = target.to(accurate).softmax(-1)
             log_q = logits.to(accurate).log_softmax(-1)
-            loss -= weights @ (p * log_q).sum(-1)
+            # Not a dot product, which autocast would round to bfloat16.
+            loss -= (weights * (p * log_q).sum(-1)).sum()
             grad = (log_q.exp_().sub_(p) * weights.unsqueeze(-1)).to(x.dtype)
             grad_x_MH[part] = grad @ matrix_VH
             grad_w_VH += grad.T @ x
