@@ -20,17 +20,21 @@ def tile_sizes(
     head_dim = query_THD.shape[2]
     group = query_THD.shape[1] // tree_key_SHD.shape[1]
     dot = query_THD.dtype
+    wide = dot == torch.float32
     if interpreted() and dot == torch.bfloat16:
         dot = torch.float32  # the interpreter multiplies bfloat16 as the integers it keeps
     return {
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_M": _clamp(max_query_len * group, 64 if head_dim <= 128 else 32),
+        "BLOCK_M": _clamp(max_query_len * group, 64 if head_dim <= 128 and not wide else 32),
         "BLOCK_S": _clamp(max_tree_len, keys_per_step(query_THD)),
         "DOT": _TYPES[dot],
         # float32 means float32: TF32 would cost the identity with plain decoding.
         "PRECISION": "ieee",
+        "num_warps": 8 if wide else 4,
+        # Two stages fit into the shared memory of every GPU since Ampere.
+        "num_stages": 2,
     }
 
 
