@@ -28,7 +28,8 @@ from vllm_eagle3.engine.conversation import (
 )
 from vllm_eagle3.engine.synth_config import SynthConfig, add_arguments, config_from_arguments
 
-_DEVICE_SHARE = 0.85
+_DEVICE_SHARE = 0.85  # of the memory, for all replicas together
+_GRACE = 60  # seconds for a replica to stop after the time limit
 
 __all__ = ["SynthConfig", "add_arguments", "run", "synthesize"]
 
@@ -86,6 +87,9 @@ def _run_replicas(target: str, out_dir: Path, config: SynthConfig, started: floa
         time.sleep(1)
         done = sum(status.get("tokens", 0) for status in _statuses(out_dir))
         bar.update(done - bar.n)
+        if config.minutes is not None and time.time() > started + 60 * config.minutes + _GRACE:
+            for worker in workers:
+                worker.kill()  # shards are written whole or not at all
     bar.close()
     return [i for i, worker in enumerate(workers) if worker.exitcode != 0]
 
@@ -126,6 +130,13 @@ class _Replica:
         if self.tokens >= self.wanted:
             return
         self._start_engine()
+        try:
+            self._converse()
+        finally:
+            # A spawned process waits for its own children before it collects the engine.
+            self.engine.engine_core.shutdown()
+
+    def _converse(self) -> None:
         self.running: dict[str, Conversation] = {}
         self.next_id = 0
         reported = time.time()

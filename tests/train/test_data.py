@@ -1,0 +1,79 @@
+"""Documents to batches, shards and the draft vocabulary."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train import small
+from vllm_eagle3.corpus import Document, read_corpus, read_shard, write_shard
+from vllm_eagle3.train.data import epoch_batches, split_held_out
+from vllm_eagle3.train.vocabulary import frequent_tokens
+
+
+def contents(documents: list[Document]) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
+    return sorted((tuple(d.tokens.tolist()), tuple(d.assistant.tolist())) for d in documents)
+
+
+def test_an_epoch_holds_every_document_once_within_the_budget() -> None:
+    documents = small.documents(150)
+    seen = []
+    for batch in epoch_batches(documents, batch_tokens=512, max_length=64, seed=3):
+        assert batch.tokens_BT.numel() <= 512
+        for tokens, assistant in zip(batch.tokens_BT, batch.assistant_BT, strict=True):
+            length = int(assistant.nonzero().max()) + 1
+            seen.append(Document(tokens[:length].numpy(), assistant[:length].numpy()))
+    assert contents(seen) == contents(documents)
+
+
+def test_long_documents_are_cut_and_padding_is_nobodys() -> None:
+    documents = [Document(np.arange(200), np.ones(200, bool)), *small.documents(3)]
+    batch = next(epoch_batches(documents, batch_tokens=1024, max_length=100, seed=0))
+    assert batch.tokens_BT.shape == (4, 100)
+    long = int(batch.assistant_BT.sum(1).argmax())
+    assert torch.equal(batch.tokens_BT[long], torch.arange(100))
+    assert not batch.assistant_BT[torch.arange(4) != long, 60:].any()
+
+
+def test_the_seed_fixes_the_order() -> None:
+    documents = small.documents(80)
+
+    def order(seed: int) -> list[list[int]]:
+        return [b.tokens_BT.flatten().tolist() for b in epoch_batches(documents, 512, 64, seed)]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+def test_held_out_documents_are_not_trained_on() -> None:
+    documents = small.documents(50)
+    training, held_out = split_held_out(documents, 0.2, seed=0)
+    assert (len(training), len(held_out)) == (40, 10)
+    assert contents(training + held_out) == contents(documents)
+
+
+def test_shards_read_back_and_a_truncated_one_is_refused(tmp_path: Path) -> None:
+    documents = small.documents(12)
+    write_shard(tmp_path / "shard-00-00000.safetensors", documents[:7])
+    write_shard(tmp_path / "shard-00-00001.safetensors", documents[7:])
+    assert contents(read_corpus(tmp_path)) == contents(documents)
+    path = tmp_path / "shard-00-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="is not a shard"):
+        read_shard(path)
+
+
+def test_no_shards_names_the_command_that_makes_some(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="vllm-eagle3 data synth"):
+        read_corpus(tmp_path)
+
+
+def test_the_draft_vocabulary_is_what_the_assistant_writes_most() -> None:
+    tokens = np.array([5, 5, 5, 9, 9, 7, 7, 7, 7, 3])
+    assistant = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 1], dtype=bool)
+    ids, coverage = frequent_tokens([Document(tokens, assistant)], 12, 3, always=[2])
+    assert ids.tolist() == [2, 5, 9]
+    assert coverage == pytest.approx(5 / 6)
+    with pytest.raises(ValueError, match="draft_vocab_size=13"):
+        frequent_tokens([Document(tokens, assistant)], 12, 13, always=[2])
