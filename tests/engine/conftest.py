@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.engine import tiny
-from tests.engine.engines import Engine, running
+from tests.engine.engines import Engine, Engines
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,7 +21,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tiny.Pair:
 
 
 @pytest.fixture(scope="session")
-def plain(pair: tiny.Pair) -> Iterator[Engine]:
+def engines(pair: tiny.Pair) -> Iterator[Engines]:
+    running = Engines(pair)
+    yield running
+    running.shutdown()
+
+
+@pytest.fixture(scope="session")
+def plain(engines: Engines) -> Engine:
     """vLLM without drafts: what every other engine must agree with."""
-    with running(pair, max_num_seqs=20) as engine:
-        yield engine
+    return engines.get(max_num_seqs=20)

@@ -1,9 +1,7 @@
 """Engines in this process, and what a test reads from them."""
 
-import contextlib
-import gc
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tests.engine.tiny import Pair
@@ -28,15 +26,18 @@ class Engine:
             "max_num_batched_tokens": 1024,
             "block_size": BLOCK_SIZE,
             "kv_cache_memory_bytes": 1 << 27,
-            "disable_log_stats": False,
         }
         self.llm = LLM(str(pair.target), **{**defaults, **settings})
 
     @property
+    def core(self) -> Any:
+        """vLLM's engine core: scheduler and executor."""
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
     def runner(self) -> Any:
         """vLLM's model runner."""
-        executor = self.llm.llm_engine.engine_core.engine_core.model_executor
-        return executor.driver_worker.worker.model_runner
+        return self.core.model_executor.driver_worker.worker.model_runner
 
     def generate(self, prompts: Sequence[Tokens], params: Any) -> list[Tokens]:
         """Output tokens for each prompt; of all samples one after another where n > 1."""
@@ -47,29 +48,76 @@ class Engine:
         ]
 
     def outputs(self, prompts: Sequence[Tokens], params: Any) -> list[Any]:
-        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return self.llm.generate(requests, params, use_tqdm=False)
+        """vLLM's request outputs, in the order of the prompts."""
+        return self.llm.generate([_request(prompt) for prompt in prompts], params, use_tqdm=False)
 
-    def metric(self, name: str) -> int:
-        """A counter of vLLM's metrics since the engine started."""
-        values = [m.value for m in self.llm.get_metrics() if m.name == f"vllm:{name}"]
-        assert values, f"no metric vllm:{name}"
-        return int(sum(values))
+    def serve(
+        self,
+        arrivals: Sequence[tuple[int, Tokens, Any]],
+        between_steps: Callable[[int, dict[int, Tokens]], None] | None = None,
+    ) -> list[Tokens]:
+        """Output tokens of requests that arrive while others run.
+
+        Args:
+            arrivals: the step before which a request arrives, its prompt and its parameters.
+            between_steps: called after each step with its number and the outputs so far.
+        """
+        engine, outputs, step = self.llm.llm_engine, dict[int, Tokens](), 0
+        waiting = sorted(enumerate(arrivals), key=lambda arrival: arrival[1][0])
+        while waiting or engine.has_unfinished_requests():
+            while waiting and waiting[0][1][0] <= step:
+                index, (_, prompt, params) = waiting.pop(0)
+                outputs[index] = ()
+                engine.add_request(str(index), _request(prompt), params)
+            for output in engine.step():
+                outputs[int(output.request_id)] = tuple(output.outputs[0].token_ids)
+            if between_steps is not None:
+                between_steps(step, outputs)
+            step += 1
+        return [outputs[index] for index in range(len(arrivals))]
+
+
+def _request(prompt: Tokens) -> dict[str, list[int]]:
+    return {"prompt_token_ids": list(prompt)}
+
+
+class Engines:
+    """The engines of a test session, one for each configuration.
+
+    They are kept: shutting one down would tear down the process groups that vLLM shares
+    between all engines of a process.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self._engines: dict[str, Engine] = {}
+
+    def get(self, **settings: Any) -> Engine:
+        """An idle engine with an empty prefix cache."""
+        key = repr(sorted(settings.items()))
+        engine = self._engines.get(key)
+        # A test that failed halfway leaves requests behind.
+        if engine is None or engine.llm.llm_engine.has_unfinished_requests():
+            engine = self._engines[key] = Engine(self.pair, **settings)
+        assert engine.llm.reset_prefix_cache()
+        return engine
+
+    def tree(
+        self,
+        num_drafts: int,
+        depth: int,
+        top_k: int,
+        speculative: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Engine:
+        """An engine that drafts trees."""
+        config = tree(self.pair, num_drafts, depth, top_k, **(speculative or {}))
+        return self.get(speculative_config=config, **settings)
 
     def shutdown(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
-
-
-@contextlib.contextmanager
-def running(pair: Pair, **settings: Any) -> Iterator[Engine]:
-    """An engine for the duration of the context."""
-    engine = Engine(pair, **settings)
-    try:
-        yield engine
-    finally:
-        engine.shutdown()
-        gc.collect()
+        for engine in self._engines.values():
+            engine.core.shutdown()
+        self._engines.clear()
 
 
 def chain(pair: Pair, num_drafts: int, **extra: Any) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class Oracle:
         count: ``steps`` verified trees, ``accepted`` draft tokens, ``moved`` trees whose
             path was not in place already, ``trimmed`` trees of fewer nodes than drafted,
             ``placeholders`` rows with drafts but without a tree, ``mixed`` batches with both
-            trees and prompts, ``untreed`` decoding requests without drafts beside trees.
+            trees and prompts, ``untreed`` decoding requests without drafts beside trees,
+            ``preempted`` requests.
         lengths: number of trees for each number of scheduled drafts.
         drafted: the tree that the engine itself drew up after each text: one row of
             :class:`DraftTree` by field name.
@@ -45,6 +46,8 @@ class Oracle:
         self._commit = self._speculator._commit
         monkeypatch.setattr(self._speculator, "_publish", self._publish_oracle)
         monkeypatch.setattr(self._speculator, "_commit", self._count_commit)
+        self._preempt = engine.core.scheduler._preempt_request
+        monkeypatch.setattr(engine.core.scheduler, "_preempt_request", self._count_preempt)
 
     def know(self, prompts: Iterable[Tokens], outputs: Iterable[Tokens]) -> None:
         """Add texts to draft from."""
@@ -113,6 +116,10 @@ class Oracle:
         prompts = (drafts == 0) & (batch.num_scheduled_tokens > 1)
         self.count["mixed"] += bool(prompts.any())
         return self._commit(batch, hidden)
+
+    def _count_preempt(self, *args: Any, **kwargs: Any) -> None:
+        self.count["preempted"] += 1
+        self._preempt(*args, **kwargs)
 
 
 def text_so_far(req_states: Any, slot: int) -> Tokens:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engine import tiny
-from tests.engine.engines import Engine, Tokens, chain, random_prompts, running, sampling, tree
+from tests.engine.engines import Engine, Engines, Tokens, chain, random_prompts, sampling
 from tests.engine.oracle import Oracle, text_so_far
 from tests.tree import naive
 from vllm_eagle3.train.model import Eagle3Head, HeadConfig
@@ -46,22 +46,19 @@ def drafts_of_the_chain(engine: Engine, monkeypatch: Any) -> dict[Tokens, Tokens
 
 
 @pytest.fixture(scope="module")
-def stock_drafts(pair: tiny.Pair, texts: list[Tokens]) -> dict[Tokens, Tokens]:
-    with (
-        pytest.MonkeyPatch.context() as monkeypatch,
-        running(pair, speculative_config=chain(pair, DEPTH)) as engine,
-    ):
+def stock_drafts(engines: Engines, pair: tiny.Pair, texts: list[Tokens]) -> dict[Tokens, Tokens]:
+    engine = engines.get(speculative_config=chain(pair, DEPTH))
+    with pytest.MonkeyPatch.context() as monkeypatch:
         drafts = drafts_of_the_chain(engine, monkeypatch)
         assert engine.generate(PROMPTS, sampling(NUM_TOKENS)) == texts
     return drafts
 
 
-def test_one_child_a_node_is_vllms_chain(pair, texts, stock_drafts, monkeypatch):
-    config = tree(pair, DEPTH, depth=DEPTH, top_k=1)
-    with running(pair, speculative_config=config) as engine:
-        oracle = Oracle(engine, monkeypatch)
-        oracle.know(PROMPTS, texts)
-        assert engine.generate(PROMPTS, sampling(NUM_TOKENS)) == texts
+def test_one_child_a_node_is_vllms_chain(engines, texts, stock_drafts, monkeypatch):
+    engine = engines.tree(DEPTH, depth=DEPTH, top_k=1)
+    oracle = Oracle(engine, monkeypatch)
+    oracle.know(PROMPTS, texts)
+    assert engine.generate(PROMPTS, sampling(NUM_TOKENS)) == texts
     # Deep accepts, so that the draft also grows from caches that compaction has filled.
     assert oracle.count["accepted"] > 100
     assert oracle.count["moved"] > 20
@@ -74,11 +71,11 @@ def test_one_child_a_node_is_vllms_chain(pair, texts, stock_drafts, monkeypatch)
     assert compared > 60
 
 
-def test_the_best_first_token_is_vllms_first_draft(pair, texts, stock_drafts, monkeypatch):
-    with running(pair, speculative_config=tree(pair, 16, depth=3, top_k=4)) as engine:
-        oracle = Oracle(engine, monkeypatch, seed=1)
-        oracle.know(PROMPTS, texts)
-        assert engine.generate(PROMPTS, sampling(NUM_TOKENS)) == texts
+def test_the_best_first_token_is_vllms_first_draft(engines, texts, stock_drafts, monkeypatch):
+    engine = engines.tree(12, depth=3, top_k=4)
+    oracle = Oracle(engine, monkeypatch, seed=1)
+    oracle.know(PROMPTS, texts)
+    assert engine.generate(PROMPTS, sampling(NUM_TOKENS)) == texts
     compared = [text for text in oracle.drafted if text in stock_drafts]
     assert len(compared) > 60
     for text in compared:
@@ -106,17 +103,18 @@ class NaiveHead:
         # Slot p takes the state of token p and the embedding of token p + 1.
         states = self.head.fuse(captured[:, :-1])
         tokens = text[1:]
-        for token in (None, *path):
-            if token is not None:
-                tokens, states = (*tokens, token), torch.cat([states, last], dim=1)
-            out = self.head.step(
-                torch.tensor([tokens]), states, torch.arange(len(tokens))[None], _causal
-            )
-            last = out[:, -1:]
-        logits_V = self.head.lm_head(self.head.norm(last))[0, 0]
+        out = self._run(tokens, states)
+        for token in path:
+            tokens, states = (*tokens, token), torch.cat([states, out[:, -1:]], dim=1)
+            out = self._run(tokens, states)
+        logits_V = self.head.lm_head(self.head.norm(out))[0, -1]
         log_probs = torch.full((self.head.config.vocab_size,), -torch.inf)
         log_probs[self.head.draft_token_ids] = logits_V.log_softmax(-1)
         return log_probs
+
+    def _run(self, tokens: Tokens, states: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(len(tokens))[None]
+        return self.head.step(torch.tensor([tokens]), states, positions, _causal)
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -147,12 +145,14 @@ def naive_tree(head: NaiveHead, text: Tokens, depth: int, top_k: int, num_nodes:
 @pytest.mark.parametrize(
     ("num_drafts", "depth", "top_k"), [(20, 4, 3), (63, 5, 8), (3, 2, 2), (4, 1, 6)]
 )
-def test_growth_equals_a_head_without_a_cache(pair, texts, monkeypatch, num_drafts, depth, top_k):
-    with running(pair, speculative_config=tree(pair, num_drafts, depth, top_k)) as engine:
-        oracle = Oracle(engine, monkeypatch, seed=num_drafts)
-        oracle.know(PROMPTS, texts)
-        short = 16
-        assert engine.generate(PROMPTS, sampling(short)) == [text[:short] for text in texts]
+def test_growth_equals_a_head_without_a_cache(
+    engines, pair, texts, monkeypatch, num_drafts, depth, top_k
+):
+    engine = engines.tree(num_drafts, depth, top_k)
+    oracle = Oracle(engine, monkeypatch, seed=num_drafts)
+    oracle.know(PROMPTS, texts)
+    short = 16
+    assert engine.generate(PROMPTS, sampling(short)) == [text[:short] for text in texts]
     assert oracle.count["accepted"] > 20
     head = NaiveHead(pair)
     drawn = [text for text in oracle.drafted if text][:: max(1, len(oracle.drafted) // 6)]
