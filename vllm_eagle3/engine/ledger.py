@@ -160,6 +160,15 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         "vllm.forward_context:set_forward_context",
         "vllm.utils.torch_utils:async_tensor_h2d",
     ),
+    Hook("Eagle3LlamaForCausalLM", "called: the head's fusion, logits and vocabulary"): (
+        *_members(
+            "vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM",
+            "combine_hidden_states",
+            "draft_id_to_target_id",
+            "lm_head",
+            "logits_processor",
+        ),
+    ),
     Hook("model.get_model_state_cls", "official: set on the target"): (
         f"{_GPU}.model_states:resolve_model_state_cls",
     ),
@@ -220,6 +229,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "sampling_states",
             "use_fp64_gumbel",
         ),
+        *_members(f"{_GPU}.sample.states:SamplingStates", "seeds", "temperature"),
         f"{_GPU}.sample.gumbel:gumbel_sample",
         f"{_GPU}.sample.states:NO_LOGPROBS",
     ),
