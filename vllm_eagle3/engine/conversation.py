@@ -6,6 +6,7 @@ template's next piece makes it answer. Plain Python: nothing here runs a model.
 
 import json
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,6 +177,12 @@ def read_questions(path: Path) -> list[str]:
             raise ValueError(f"{path}, line {number}: needs a key turns, question or prompt")
         questions.append(turns[0])
     return questions
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to the end of its last whole sentence or line; empty if it has none."""
+    ends = [match.end() for match in re.finditer(r"[.?!](?=\s|$)|\S(?=\n)", text)]
+    return text[: ends[-1]] if ends else ""
 
 
 def normalised(text: str) -> str:

@@ -8,9 +8,11 @@ shards, so an interrupted run goes on where the last shard ended.
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import sys
 import time
+import traceback
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +27,7 @@ from vllm_eagle3.engine.conversation import (
     draw_temperature,
     normalised,
     read_questions,
+    whole_sentences,
 )
 from vllm_eagle3.engine.synth_config import SynthConfig, add_arguments, config_from_arguments
 
@@ -77,7 +80,7 @@ def _run_replicas(target: str, out_dir: Path, config: SynthConfig, started: floa
     # spawn: a forked child could not start CUDA once anything here has touched it.
     context = multiprocessing.get_context("spawn")
     workers = [
-        context.Process(target=_replica, args=(target, out_dir, config, index, started))
+        context.Process(target=_replica_process, args=(target, out_dir, config, index, started))
         for index in range(config.replicas)
     ]
     for worker in workers:
@@ -96,6 +99,27 @@ def _run_replicas(target: str, out_dir: Path, config: SynthConfig, started: floa
 
 def _replica(target: str, out_dir: Path, config: SynthConfig, index: int, started: float) -> None:
     _Replica(target, out_dir, config, index, started).run()
+
+
+def _replica_process(*args: Any) -> None:
+    """A replica in a process of its own, ended at once when its shards are written.
+
+    Interpreter shutdown waits for the engine's threads and children, which can take longer
+    than the work.
+    """
+    import psutil
+
+    try:
+        _replica(*args)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    else:
+        code = 0
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _Replica:
@@ -216,7 +240,9 @@ class _Replica:
         if conversation.writes_answer:
             limit, temperature, top_p = config.max_answer_tokens, conversation.temperature, 1.0
         else:
-            limit, temperature = config.max_user_tokens, config.user_temperature
+            # Short questions and long ones.
+            limit = self.rng.randint(min(16, config.max_user_tokens), config.max_user_tokens)
+            temperature = config.user_temperature
             top_p = config.user_top_p
         params = SamplingParams(
             max_tokens=min(limit, config.max_model_len - len(conversation.tokens)),
@@ -242,16 +268,17 @@ class _Replica:
             else:
                 self._keep(conversation)
             return
-        if not ended:
-            self.dropped["unfinished user turn"] += 1
-        elif len(tokens) + len(conversation.user_turn) < 3:
+        if ended:
+            tokens = tokens[:-1]
+        else:
+            # A small target seldom ends a user's turn by itself.
+            tokens = self._encode(whole_sentences(self.tokenizer.decode(tokens)))
+        if len(tokens) + len(conversation.user_turn) < 3:
             self.dropped["empty user turn"] += 1
-        elif (
-            normalised(self.tokenizer.decode(conversation.user_turn + tokens[:-1])) in self.excluded
-        ):
+        elif normalised(self.tokenizer.decode(conversation.user_turn + tokens)) in self.excluded:
             self.dropped["equal to an excluded prompt"] += 1
         else:
-            conversation.take_user_turn(self.form, tokens[:-1])
+            conversation.take_user_turn(self.form, tokens)
             self._submit(conversation)
             return
         if conversation.turns_done:  # the first turn is whole: keep that
