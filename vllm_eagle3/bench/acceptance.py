@@ -134,6 +134,8 @@ def _configurations(args: argparse.Namespace) -> list[Configuration]:
     configurations = [] if args.no_plain else [PLAIN]
     configurations += [chain(count) for count in args.chain]
     configurations += [tree(count, args.depth, args.top_k) for count in args.tree]
+    if not configurations:
+        raise ValueError("nothing to measure: give --chain, --tree, or leave --no-plain out")
     if len(set(configurations)) < len(configurations):
         raise ValueError("--chain and --tree: name each number of drafts once")
     return configurations

@@ -1,0 +1,36 @@
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from vllm_eagle3.bench import configurations
+from vllm_eagle3.bench.configurations import PLAIN, chain, check_plugin, tree
+
+
+def test_what_each_way_asks_of_vllm():
+    assert PLAIN.speculative_config("head") is None
+    asked = {"method": "eagle3", "model": "head", "num_speculative_tokens": 5}
+    assert chain(5).speculative_config("head") == asked
+    assert tree(5).speculative_config("head") == asked | {"tree": True}
+    shape = {"depth": 4, "top_k": 6}
+    assert tree(5, 4, 6).speculative_config("head") == asked | {"tree": shape}
+    assert tree(5, depth=4).speculative_config("head") == asked | {"tree": {"depth": 4}}
+
+
+def test_names_are_unique():
+    assert [c.name for c in (PLAIN, chain(3), tree(3))] == ["plain", "chain-3", "tree-3"]
+
+
+def test_an_impossible_tree_is_refused_before_any_engine_starts():
+    with pytest.raises(ValueError, match="more than a tree of depth=2 and top_k=2"):
+        tree(60, 2, 2)
+
+
+def test_a_tree_needs_the_installed_entry_point(monkeypatch):
+    found = []
+    monkeypatch.setattr(configurations, "entry_points", lambda group: found)
+    check_plugin([PLAIN, chain(3)])
+    with pytest.raises(ValueError, match="pip install"):
+        check_plugin([PLAIN, tree(8)])
+    value = "vllm_eagle3.engine.plugin:register"
+    found.append(EntryPoint("any_name", value, "vllm.general_plugins"))
+    check_plugin([PLAIN, tree(8)])
