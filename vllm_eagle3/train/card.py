@@ -65,7 +65,7 @@ A greedy chain of {len(evaluation["accepted"])} drafts would emit
 
 ## Licence
 
-Apache-2.0. The target SmolLM2 is Apache-2.0 as well.
+Apache-2.0, for these weights; {name} has a licence of its own.
 """
 
 
@@ -73,4 +73,5 @@ def _counts(data: dict[str, Any]) -> str:
     if not data.get("documents_by_kind"):
         return ""
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in data["documents_by_kind"].items())
-    return f"Documents by kind: {kinds}. Dropped: {data.get('dropped', {})}.\n"
+    dropped = ", ".join(f"{why} {n:,}" for why, n in data.get("dropped", {}).items() if n)
+    return f"Documents by kind: {kinds}. Dropped: {dropped or 'none'}.\n"
