@@ -114,6 +114,9 @@ def _identical(result: Run, reference: Run) -> str:
         return "failed"
     if result is reference:
         return ""
+    missing = len(reference.turns.keys() - result.turns.keys())
+    if missing:
+        return f"no, {missing} of {len(reference.turns)} missing"
     identity = compare(result.turns, reference.turns)
     if not identity["divergences"]:
         return "yes"
@@ -178,13 +181,14 @@ def _serve(job: dict[str, Any], log_path: Path, prompts: Sequence[str], console:
             if event["number"] != answering:
                 waiting.stop()
                 answering = event["number"]
-                console.print(f"\n[cyan]{prompts[answering]}[/]")
+                console.print()
+                console.print(prompts[answering], style="cyan", markup=False, soft_wrap=True)
             _print_step(console, event["texts"])
             if event["finished"]:
                 console.print()
     except WorkerError as error:
         result.error = str(error)
-        console.print(f"[red]failed:[/] {error}", markup=True)
+        console.print("failed:", error, style="red", markup=False)
     finally:
         waiting.stop()
     return result
