@@ -68,7 +68,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "broken")
     resumed = run(tmp_path / "broken", resume=True)
-    assert resumed["step"] == whole["step"] == 6
+    assert resumed["progress"]["step"] == whole["progress"]["step"] == 6
     for name, weight in whole["head"].items():
         assert torch.equal(weight, resumed["head"][name]), name
 

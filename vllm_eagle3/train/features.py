@@ -44,6 +44,15 @@ class Target:
         """[H]: the weight of the norm before the head."""
         return self.model.model.norm.weight
 
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Ids that end a turn or a document."""
+        ids: set[int] = set()
+        for config in (self.model.config, self.model.generation_config):
+            value = getattr(config, "eos_token_id", None)
+            ids.update([value] if isinstance(value, int) else value or [])
+        return sorted(ids)
+
     @torch.no_grad()
     def read(self, batch: TokenBatch, draft_token_ids: torch.Tensor, t2d: torch.Tensor) -> TTTBatch:
         """Run the target over ``batch``.

@@ -1,6 +1,7 @@
 """How to train: the settings, validated once, and their command line."""
 
 import argparse
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -57,6 +58,13 @@ class TrainConfig:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         if self.attention not in ("flash", "math"):
             raise ValueError(f"attention={self.attention!r}: use 'flash' or 'math'")
+
+    def rate(self, progress: float) -> float:
+        """Learning rate when a share ``progress`` of the run is over."""
+        if progress < self.warmup:
+            return self.learning_rate * max(progress / self.warmup, 0.01)
+        done = min(1.0, (progress - self.warmup) / (1 - self.warmup))
+        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,8 +3,6 @@
 import argparse
 import itertools
 import json
-import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 
 from vllm_eagle3.corpus import read_corpus, write_json
+from vllm_eagle3.train import state
 from vllm_eagle3.train.card import model_card
 from vllm_eagle3.train.data import TokenBatch, epoch_batches, split_held_out
 from vllm_eagle3.train.export import export
@@ -92,7 +91,7 @@ class _Trainer:
             self.documents,
             head_config.vocab_size,
             config.draft_vocab_size,
-            always=_special_tokens(model),
+            always=self.target.end_token_ids,
         )
         self.head = Eagle3Head(head_config, self.target.embedding, ids).to(device)
         self.draft_token_ids = ids.to(device)
@@ -152,7 +151,7 @@ class _Trainer:
 
     def _optimise(self, batch: TokenBatch, progress: float) -> tuple[TTTResult, torch.Tensor]:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * _schedule(progress, self.config.warmup)
+            group["lr"] = self.config.rate(progress)
         result = self._forward(batch)
         result.loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
@@ -199,32 +198,20 @@ class _Trainer:
         self.evaluation["chain_tau"] = 1 + sum(self.evaluation["accepted"])
         self._log(event="evaluation", step=self.step, **_rounded(self.evaluation))
 
+    def _epoch(self, index: int) -> Iterator[TokenBatch]:
+        config = self.config
+        return epoch_batches(
+            self.documents, config.batch_tokens, config.max_length, config.seed * 1000 + index
+        )
+
     def _batches(self, start: int) -> Iterator[TokenBatch]:
         """All batches of the run from batch ``start`` on; the order depends on the seed only."""
-
-        def all_batches() -> Iterator[TokenBatch]:
-            for epoch in range(self.config.epochs):
-                yield from epoch_batches(
-                    self.documents,
-                    self.config.batch_tokens,
-                    self.config.max_length,
-                    self.config.seed * 1000 + epoch,
-                )
-
-        for batch in itertools.islice(all_batches(), start, None):
+        epochs = map(self._epoch, range(self.config.epochs))
+        for batch in itertools.islice(itertools.chain.from_iterable(epochs), start, None):
             yield batch.to(self.device)
 
     def _total_steps(self) -> int:
-        per_epoch = sum(
-            1
-            for _ in epoch_batches(
-                self.documents,
-                self.config.batch_tokens,
-                self.config.max_length,
-                self.config.seed * 1000,
-            )
-        )
-        by_data = per_epoch * self.config.epochs
+        by_data = self.config.epochs * sum(1 for _ in self._epoch(0))
         return by_data if self.config.steps is None else min(by_data, self.config.steps)
 
     def _seconds(self) -> float:
@@ -264,43 +251,18 @@ class _Trainer:
             print(line, flush=True)
 
     def _save_state(self) -> None:
-        path = self.out_dir / STATE_FILE
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save(
-            {
-                "config": asdict(self.config),
-                "head": self.head.state_dict(),
-                "feature_scale": self.head.feature_scale_F,
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "tokens_seen": self.tokens_seen,
-                "seconds": self._seconds(),
-            },
-            scratch,
+        state.save(
+            self.out_dir / STATE_FILE,
+            self.config,
+            self.head,
+            self.optimizer,
+            state.Progress(self.step, self.tokens_seen, self._seconds()),
         )
-        os.replace(scratch, path)
 
     def _load_state(self) -> None:
-        path = self.out_dir / STATE_FILE
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist: start without resume")
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        # Limits and intervals may change between parts of a run; what shapes it may not.
-        free = {"epochs", "steps", "minutes", "log_every", "eval_every", "save_every"}
-        now = asdict(self.config)
-        changed = [k for k in now if k not in free and state["config"].get(k) != now[k]]
-        if changed:
-            raise ValueError(
-                f"{path} was written with another {', '.join(changed)}: give the same, or "
-                "start without resume"
-            )
-        if not torch.equal(state["head"]["d2t"], self.head.d2t):
-            raise ValueError(f"{path} was trained on other data: start without resume")
-        self.head.load_state_dict(state["head"])
-        self.head.feature_scale_F.copy_(state["feature_scale"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-        self.seconds_before = state["seconds"]
+        progress = state.load(self.out_dir / STATE_FILE, self.config, self.head, self.optimizer)
+        self.step, self.tokens_seen = progress.step, progress.tokens_seen
+        self.seconds_before = progress.seconds
 
     def _card(self) -> str:
         facts = {
@@ -312,33 +274,14 @@ class _Trainer:
             "steps": self.step,
             "tokens_seen": self.tokens_seen,
             "seconds": self._seconds(),
-            "device": _device_name(self.device),
+            "device": torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else "CPU",
             "config": asdict(self.config),
             "evaluation": _rounded(self.evaluation),
         }
         write_json(self.out_dir / "training.json", facts)
         return model_card(facts, self.data_dir)
-
-
-def _schedule(progress: float, warmup: float) -> float:
-    """Linear warm-up, then cosine to a tenth of the peak."""
-    if progress < warmup:
-        return max(progress / warmup, 0.01)
-    done = min(1.0, (progress - warmup) / (1 - warmup))
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-
-
-def _special_tokens(model: torch.nn.Module) -> list[int]:
-    """Ids that end a turn or a document: always in the draft vocabulary."""
-    ids: set[int] = set()
-    for config in (model.config, model.generation_config):
-        value = getattr(config, "eos_token_id", None)
-        ids.update([value] if isinstance(value, int) else value or [])
-    return sorted(ids)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
