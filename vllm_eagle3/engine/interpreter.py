@@ -59,6 +59,17 @@ def is_prepared() -> bool:
     return getattr(entry, "driver", None) is _InterpreterDriver
 
 
+def avoid_kernels_it_cannot_run() -> None:
+    """Let vLLM filter by top-k and top-p in torch.
+
+    Its Triton kernel for it calls methods of an integer argument, which is a plain number to
+    the interpreter. The torch version is vLLM's own, for machines without Triton.
+    """
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False
+
+
 def main() -> None:
     """The ``vllm`` command line on a prepared process."""
     prepare()

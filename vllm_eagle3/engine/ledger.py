@@ -259,6 +259,9 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
     Hook("vllm.sampling_params", "public: of the offline engine that writes training data"): (
         "vllm.sampling_params:RequestOutputKind",
     ),
+    Hook("top-k and top-p", "torch instead of Triton under the interpreter"): (
+        "vllm.v1.sample.ops.topk_topp_sampler:HAS_TRITON",
+    ),
     Hook("vllm.entrypoints.cli.main", "official: `vllm serve` on a machine without a GPU"): (
         "vllm.entrypoints.cli.main:main",
     ),

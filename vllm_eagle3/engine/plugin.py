@@ -13,6 +13,8 @@ Every object of vLLM that this project touches:
     7  attention layers of target and draft         ``attn_backend`` and ``impl`` of each layer
                                                     rebound after loading (attention.py)
     8  ``RejectionSampler``                         subclassed (verifier.py)
+    9  ``topk_topp_sampler.HAS_TRITON``             set to False under Triton's interpreter, which
+                                                    cannot run that kernel (interpreter.py)
 
 Wrapped functions call the original whenever the config asks for no tree.
 """
@@ -34,8 +36,10 @@ def register() -> None:
     import vllm.v1.worker.gpu.spec_decode as spec_decode
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_eagle3.engine import activation
+    from vllm_eagle3.engine import activation, interpreter
 
+    if interpreter.is_prepared():
+        interpreter.avoid_kernels_it_cannot_run()
     _wrap(EngineArgs, "create_engine_config", activation.create_engine_config)
     _wrap(spec_decode, "init_speculator", activation.init_speculator)
     runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
