@@ -60,5 +60,15 @@ def test_a_failure_shows_in_the_table_and_in_full_below():
     assert "`tree-8` failed:\n\n```\nno memory\n```" in text
 
 
+def test_vllms_own_figure_stands_beside_tau():
+    checked = entry("chain-3", 3)
+    checked["passes"] = [
+        {"tau": 2.0, "vllm_tau": 2.25},
+        {"tau": 1.5, "vllm_tau": 1.5},
+        {"tau": None, "vllm_tau": None},
+    ]
+    assert "minus tau: 0.000 to 0.250." in render(results(checked))
+
+
 def test_skipped_turns_are_told():
     assert "`chain-3` skipped 2 turns" in render(results(entry("chain-3", 3, skipped=[{}, {}])))

@@ -30,6 +30,17 @@ def render(results: dict[str, Any]) -> str:
             f"At T=0, where outputs part, plain decoding's two best logits differ by {gap:.3g}"
             " at most."
         )
+    surplus = [
+        counted["vllm_tau"] - counted["tau"]
+        for entry in drafting
+        for counted in entry["passes"]
+        if counted["vllm_tau"] and counted["tau"]
+    ]
+    if surplus:
+        parts.append(
+            "vLLM's own mean acceptance length, counted before answers are cut, minus tau:"
+            f" {min(surplus):.3f} to {max(surplus):.3f}."
+        )
     for entry in configurations:
         if entry["skipped"]:
             parts.append(
