@@ -13,7 +13,7 @@ if ON_CPU:  # before vllm is imported
 
     interpreter.prepare()
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams  # noqa: E402
 
 QUESTIONS = ["What is the capital of France?", "Write a haiku about the sea."]
 
