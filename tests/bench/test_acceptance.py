@@ -104,10 +104,20 @@ def test_the_settings_of_a_benchmark_are_in_its_results(tmp_path, questions, job
     assert "identity" not in results["configurations"][0]["cells"][0]
 
 
+def test_trees_of_a_given_shape(tmp_path, questions, jobs):
+    options = ["--chain", "--tree", "16", "32", "--depth", "4", "--top-k", "6"]
+    args = parse(tmp_path, "--data", questions, *options)
+    assert acceptance.run(args) == 0
+    asked = jobs["tree-32"]["engine"]["speculative_config"]
+    assert asked["tree"] == {"depth": 4, "top_k": 6}
+    assert "tree, 32 drafts (depth 4, top-k 6)" in args.output.with_suffix(".md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--chain", "3", "3"], "each number of drafts once"),
+        (["--tree", "8", "8", "--depth", "4"], "each number of drafts once"),
         (["--tree", "200"], "num_speculative_tokens=200"),
         (["--tree", "32", "--depth", "0"], "tree.depth must be"),
         (["--jobs", "0"], "--jobs must be at least 1"),

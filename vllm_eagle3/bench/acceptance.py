@@ -90,8 +90,11 @@ def run(args: argparse.Namespace) -> int:
     # The largest first, which take longest: the last job then ends sooner.
     order = sorted(configurations, key=lambda c: c.num_speculative_tokens or 0, reverse=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        run_of = dict(zip(order, pool.map(measure, order), strict=True))
-    runs = [run_of[configuration] for configuration in configurations]
+        measured = pool.map(measure, order)
+        run_of = {
+            configuration.name: run for configuration, run in zip(order, measured, strict=True)
+        }
+    runs = [run_of[configuration.name] for configuration in configurations]
 
     results = merge(args, configurations, runs, [question.dataset for question in questions])
     args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -136,7 +139,7 @@ def _configurations(args: argparse.Namespace) -> list[Configuration]:
     configurations += [tree(count, args.depth, args.top_k) for count in args.tree]
     if not configurations:
         raise ValueError("nothing to measure: give --chain, --tree, or leave --no-plain out")
-    if len(set(configurations)) < len(configurations):
+    if len({configuration.name for configuration in configurations}) < len(configurations):
         raise ValueError("--chain and --tree: name each number of drafts once")
     return configurations
 
