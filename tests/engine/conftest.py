@@ -1,8 +1,6 @@
 """One tiny pair of models and one plain engine for all tests of the engine."""
 
 import logging
-from collections.abc import Iterator
-
 import pytest
 
 from tests.engine import tiny
@@ -21,10 +19,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tiny.Pair:
 
 
 @pytest.fixture(scope="session")
-def engines(pair: tiny.Pair) -> Iterator[Engines]:
-    running = Engines(pair)
-    yield running
-    running.shutdown()
+def engines(pair: tiny.Pair) -> Engines:
+    return Engines(pair)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ class Engine:
             "max_num_batched_tokens": 1024,
             "block_size": BLOCK_SIZE,
             "kv_cache_memory_bytes": 1 << 27,
+            "disable_log_stats": False,
         }
         self.llm = LLM(str(pair.target), **{**defaults, **settings})
 
@@ -50,6 +51,12 @@ class Engine:
     def outputs(self, prompts: Sequence[Tokens], params: Any) -> list[Any]:
         """vLLM's request outputs, in the order of the prompts."""
         return self.llm.generate([_request(prompt) for prompt in prompts], params, use_tqdm=False)
+
+    def metric(self, name: str) -> int:
+        """A counter of vLLM's metrics, which belong to the engine that was started last."""
+        values = [m.value for m in self.llm.get_metrics() if m.name == f"vllm:{name}"]
+        assert values, f"no metric vllm:{name}"
+        return int(sum(values))
 
     def serve(
         self,
@@ -84,8 +91,8 @@ def _request(prompt: Tokens) -> dict[str, list[int]]:
 class Engines:
     """The engines of a test session, one for each configuration.
 
-    They are kept: shutting one down would tear down the process groups that vLLM shares
-    between all engines of a process.
+    They are kept until the process ends: shutting one down would tear down the process groups
+    that vLLM shares between all engines of a process.
     """
 
     def __init__(self, pair: Pair) -> None:
@@ -113,11 +120,6 @@ class Engines:
         """An engine that drafts trees."""
         config = tree(self.pair, num_drafts, depth, top_k, **(speculative or {}))
         return self.get(speculative_config=config, **settings)
-
-    def shutdown(self) -> None:
-        for engine in self._engines.values():
-            engine.core.shutdown()
-        self._engines.clear()
 
 
 def chain(pair: Pair, num_drafts: int, **extra: Any) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from tests.engine.oracle import Oracle
 from vllm_eagle3 import ops
 from vllm_eagle3.tree import mask
 
-NUM_DRAFTS = 12
+NUM_DRAFTS = 10
 SHAPE = {"num_drafts": NUM_DRAFTS, "depth": 3, "top_k": 3}
 PROMPTS = random_prompts(20, seed=7)
 NUM_TOKENS = 200
-FEW, SHORT = 8, 64
+FEW, SHORT = 6, 48
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +68,8 @@ def continue_texts(engine: Engine, texts: list[Tokens]) -> tuple[list[Tokens], i
 def test_prefix_cache_of_compacted_blocks(engines, consult, texts):
     engine = engines.tree(**SHAPE)
     oracle = consult(engine)
-    assert engine.generate(PROMPTS[:FEW], sampling(120)) == short(texts, length=120)
-    assert oracle.count["moved"] > 100
+    assert engine.generate(PROMPTS[:FEW], sampling(110)) == short(texts, FEW, 110)
+    assert oracle.count["moved"] > 80
     continued, blocks = continue_texts(engine, texts[:FEW])
     assert blocks >= FEW
     assert continued == [text[100:130] for text in texts[:FEW]]
@@ -80,8 +80,8 @@ def test_without_compaction_the_text_differs(engines, consult, texts, monkeypatc
     engine = engines.tree(**SHAPE)
     consult(engine)
     monkeypatch.setattr(ops, "compact_kv", lambda *args, **kwargs: None)
-    outputs = engine.generate(PROMPTS[:FEW], sampling(SHORT))
-    wrong = [output != text for output, text in zip(outputs, short(texts), strict=True)]
+    outputs = engine.generate(PROMPTS[:FEW], sampling(24))
+    wrong = [output != text for output, text in zip(outputs, short(texts, FEW, 24), strict=True)]
     assert sum(wrong) > FEW // 2
     engine.llm.reset_prefix_cache()
 
@@ -97,16 +97,15 @@ def test_with_a_causal_mask_the_text_differs(engines, consult, texts, monkeypatc
 
     gather = ops.gather_tree_rows
     monkeypatch.setattr(ops, "gather_tree_rows", causal)
-    outputs = engine.generate(PROMPTS[:FEW], sampling(SHORT))
-    assert outputs != short(texts)
+    assert engine.generate(PROMPTS[:4], sampling(16)) != short(texts, 4, 16)
     engine.llm.reset_prefix_cache()
 
 
 def test_preemption(engines, consult, texts):
-    engine = engines.tree(**SHAPE, num_gpu_blocks_override=20)
+    engine = engines.tree(**SHAPE, num_gpu_blocks_override=16)
     oracle = consult(engine, seed=2)
-    assert engine.generate(PROMPTS[:12], sampling(96)) == short(texts, 12, 96)
-    assert oracle.count["preempted"] >= 5
+    assert engine.generate(PROMPTS[:9], sampling(80)) == short(texts, 9, 80)
+    assert oracle.count["preempted"] >= 3
     assert oracle.count["moved"] > 100
 
 
@@ -115,9 +114,9 @@ def test_chunked_prefill_and_trimmed_trees(engines, consult, texts):
     engine = engines.tree(**SHAPE, max_num_seqs=6, max_num_batched_tokens=30)
     oracle = consult(engine, seed=3)
     assert engine.generate(PROMPTS[:FEW], sampling(SHORT)) == short(texts)
-    assert oracle.count["trimmed"] > 20
-    assert oracle.count["mixed"] > 5
-    assert oracle.count["moved"] > 50
+    assert oracle.count["trimmed"] > 10
+    assert oracle.count["mixed"] > 3
+    assert oracle.count["moved"] > 30
 
 
 def test_max_model_len(engines, consult, texts):
@@ -125,9 +124,9 @@ def test_max_model_len(engines, consult, texts):
     limit = 128
     engine = engines.tree(**SHAPE, max_model_len=limit)
     oracle = consult(engine, seed=4)
-    outputs = engine.generate(PROMPTS, sampling(limit))
-    expected = [t[: limit - len(p)] for p, t in zip(PROMPTS, texts, strict=True)]
-    assert outputs == expected
+    prompts = [p + t[: limit - 30 - len(p)] for p, t in zip(PROMPTS, texts, strict=True)]
+    expected = [t[limit - 30 - len(p) :][:30] for p, t in zip(PROMPTS, texts, strict=True)]
+    assert engine.generate(prompts, sampling(limit)) == expected
     assert set(oracle.lengths) == set(range(1, NUM_DRAFTS + 1))
 
 
@@ -147,8 +146,8 @@ def test_async_scheduling(engines, consult, texts, monkeypatch):
         assert type(engine.core.scheduler).__name__ == "AsyncScheduler"
         oracle = consult(engine, seed=5)
         expected = [t[: min(SHORT, 160 - len(p))] for p, t in zip(PROMPTS, texts, strict=True)]
-        assert engine.generate(PROMPTS[:12], sampling(SHORT)) == expected[:12]
-        assert oracle.count["moved"] > 50
+        assert engine.generate(PROMPTS[:8], sampling(SHORT)) == expected[:8]
+        assert oracle.count["moved"] > 30
         if "num_gpu_blocks_override" in limit:
             assert oracle.count["preempted"] > 0
         if "max_num_batched_tokens" in limit:
@@ -166,7 +165,7 @@ def test_prompts_arrive_while_others_decode(engines, consult, texts):
     expected = [text[:length] for text, length in zip(texts, lengths, strict=False)]
     assert engine.serve(arrivals) == expected
     assert oracle.count["mixed"] > 5
-    assert oracle.count["moved"] > 50
+    assert oracle.count["moved"] > 30
 
 
 def test_slots_are_used_again(engines, consult, texts):
@@ -219,7 +218,7 @@ def test_an_abort_leaves_the_others(engines, consult, texts):
             engine.llm.llm_engine.abort_request([str(index) for index in doomed])
 
     # Requests 6 and 7 arrive after the abort, into the freed slots.
-    arrivals = [(0 if i < 6 else 6, PROMPTS[i], sampling(SHORT)) for i in range(FEW)]
+    arrivals = [(0 if i < 6 else 6, PROMPTS[i], sampling(SHORT)) for i in range(8)]
     outputs = engine.serve(arrivals, between_steps)
     for index, output in enumerate(outputs):
         assert output == texts[index][: len(output)]

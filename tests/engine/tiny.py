@@ -1,10 +1,12 @@
-"""A tiny Llama with random weights, and a random EAGLE-3 head for it.
+"""A tiny Llama with random weights and a tokenizer, and a random EAGLE-3 head for it.
 
 Random, so that nothing in a test depends on a download; sharp (large weights), so that the
 text depends on every position of the cache and greedy choices are far from ties.
 """
 
+import itertools
 import json
+import string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +58,29 @@ def write_target(path: Path, vocab_size: int = VOCABULARY) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(config).float().save_pretrained(path)
+    if vocab_size >= VOCABULARY:
+        write_tokenizer(path, vocab_size)
     return path
+
+
+def write_tokenizer(path: Path, vocab_size: int) -> None:
+    """Bytes, and pairs of letters up to ``vocab_size``; a bare chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>"]
+    pieces = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = list(itertools.product(string.ascii_lowercase, repeat=2))[: vocab_size - len(pieces)]
+    vocabulary = pieces + [first + second for first, second in pairs]
+    bpe = models.BPE({piece: i for i, piece in enumerate(vocabulary)}, pairs)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=special[0], bos_token=special[1], eos_token=special[2]
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    fast.save_pretrained(path)
 
 
 def head_tensors(
