@@ -63,22 +63,23 @@ class Oracle:
                 return known[len(text) : len(text) + length]
         return ()
 
-    def _publish_oracle(self, drafted: DraftTree) -> None:
-        slots = self._speculator.idx_mapping[: drafted.tokens_BN.shape[0]].tolist()
+    def _publish_oracle(self, drafted: DraftTree, reqs: slice) -> None:
+        slots = self._speculator.idx_mapping[reqs].tolist()
         num_nodes = drafted.tokens_BN.shape[1]
         texts = [text_so_far(self._states, slot) for slot in slots]
         for row, text in enumerate(texts):
             fields = {name: value[row].clone() for name, value in vars(drafted).items()}
             self.drafted[text] = fields
         rows = [self._random_tree(text, num_nodes) for text in texts]
-        tree = _draft_tree([tokens for tokens, _ in rows], [parents for _, parents in rows])
+        tree = draft_tree([tokens for tokens, _ in rows], [parents for _, parents in rows])
         chain_rows_B = self._speculator._chain_rows_B
         if chain_rows_B is not None:
+            chain_rows_B = chain_rows_B[reqs]
             chain = best_chain(tree, num_nodes - 1)
             for row in chain_rows_B.nonzero()[:, 0].tolist():
                 for name in vars(tree):
                     getattr(tree, name)[row] = getattr(chain, name)[row]
-        self._publish(tree)
+        self._publish(tree, reqs)
 
     def _random_tree(self, text: Tokens, num_nodes: int) -> tuple[list[int], list[int]]:
         true = self.continuation(text)[: num_nodes - 1]
@@ -130,7 +131,8 @@ def text_so_far(req_states: Any, slot: int) -> Tokens:
     return tuple(req_states.all_token_ids.gpu[slot, :length].tolist())
 
 
-def _draft_tree(tokens: list[list[int]], parents: list[list[int]]) -> DraftTree:
+def draft_tree(tokens: list[list[int]], parents: list[list[int]]) -> DraftTree:
+    """Trees by node, the root first."""
     parents_BN = torch.tensor(parents, dtype=torch.int32)
     return DraftTree(
         tokens_BN=torch.tensor(tokens),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from vllm_eagle3.config import DEFAULT_NUM_SPECULATIVE_TOKENS, TreeConfig
-from vllm_eagle3.engine import head
+from vllm_eagle3.engine import contract, head, support
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,6 +30,7 @@ def create_engine_config(
     speculative = dict(args.speculative_config or {})
     tree = speculative.pop("tree", False)
     if tree is not False:
+        contract.check()
         method = speculative.get("method") or args.spec_method
         if method != "eagle3":
             raise ValueError(
@@ -47,8 +48,6 @@ def create_engine_config(
     vllm_config = original(args, *rest, **kwargs)
     config = tree_config(vllm_config)
     if config is not None:
-        from vllm_eagle3.engine import support
-
         support.check(vllm_config, config)
     return vllm_config
 
@@ -60,7 +59,6 @@ def init_speculator(
     config = tree_config(vllm_config)
     if config is None:
         return original(vllm_config, device, req_states)
-    from vllm_eagle3.engine import contract, support
     from vllm_eagle3.engine.speculator import TreeSpeculator
 
     contract.check()

@@ -19,9 +19,7 @@ import types
 _ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
-    # The stand-in lives in this process: children must inherit it, so they are forked,
-    # and the offline engine needs none.
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    # The stand-in lives in this process; the offline engine stays in it, too.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
@@ -71,16 +69,24 @@ def avoid_kernels_it_cannot_run() -> None:
 
 
 def main() -> None:
-    """The ``vllm`` command line on a prepared process."""
-    prepare()
-    from vllm.entrypoints.cli.main import main as vllm_main
+    """``vllm serve`` on a prepared process: ``serve MODEL [options]``."""
+    # Not vLLM's own main(), which asks for a distribution named vllm; a CPU build's name differs.
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    vllm_main()
+    parser = FlexibleArgumentParser(prog="python -m vllm_eagle3.engine.interpreter")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
+    args = parser.parse_args()
+    command.validate(args)
+    command.cmd(args)
 
 
-if __name__ == "__main__":
-    # Under -m this file is __main__: prepare through the importable module, so that
-    # is_prepared() there sees the same driver class.
+if __name__ in ("__main__", "__mp_main__"):
+    # __mp_main__: vLLM spawns its engine's processes on a CPU, and those import this file anew.
+    # Through the importable module, so that is_prepared() there sees the same driver class.
     from vllm_eagle3.engine import interpreter
 
-    interpreter.main()
+    interpreter.prepare()
+    if __name__ == "__main__":
+        interpreter.main()

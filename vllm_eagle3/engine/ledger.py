@@ -257,12 +257,17 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         "vllm.utils.torch_utils:canonicalize_singleton_dim_strides",
     ),
     Hook("vllm.sampling_params", "public: of the offline engine that writes training data"): (
+        "vllm.sampling_params:RepetitionDetectionParams",
         "vllm.sampling_params:RequestOutputKind",
     ),
     Hook("top-k and top-p", "torch instead of Triton under the interpreter"): (
         "vllm.v1.sample.ops.topk_topp_sampler:HAS_TRITON",
     ),
-    Hook("vllm.entrypoints.cli.main", "official: `vllm serve` on a machine without a GPU"): (
-        "vllm.entrypoints.cli.main:main",
+    Hook("vllm.entrypoints.cli.serve", "`vllm serve` on a machine without a GPU"): (
+        "vllm.entrypoints.cli.serve:ServeSubcommand",
+        "vllm.entrypoints.cli.serve:ServeSubcommand.cmd",
+        "vllm.entrypoints.cli.serve:ServeSubcommand.subparser_init",
+        "vllm.entrypoints.cli.serve:ServeSubcommand.validate",
+        "vllm.utils.argparse_utils:FlexibleArgumentParser",
     ),
 }

@@ -20,6 +20,7 @@ Wrapped functions call the original whenever the config asks for no tree.
 """
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -32,11 +33,22 @@ def register() -> None:
 
     Importing Model Runner V2 here would initialise too much in the API server, so it is
     patched only where it is imported already; elsewhere it will find the wrapper.
-    """
-    import vllm.v1.worker.gpu.spec_decode as spec_decode
-    from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_eagle3.engine import activation, interpreter
+    On a vLLM without these modules it logs why and leaves everything as it is: installed is
+    not enabled, and people who asked for no tree must not notice.
+    """
+    try:
+        import vllm.v1.worker.gpu.spec_decode as spec_decode
+        from vllm.engine.arg_utils import EngineArgs
+
+        from vllm_eagle3.engine import activation, interpreter
+    except ImportError as error:
+        logging.getLogger(__name__).warning(
+            "vllm-eagle3 is not active: this vLLM lacks what it needs (%s); see"
+            " `vllm-eagle3 doctor`",
+            error,
+        )
+        return
 
     if interpreter.is_prepared():
         interpreter.avoid_kernels_it_cannot_run()

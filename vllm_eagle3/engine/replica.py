@@ -23,6 +23,11 @@ from vllm_eagle3.engine.synth_config import SynthConfig
 _DEVICE_SHARE = 0.85  # of the memory, for all replicas together
 
 
+# Small targets fall into loops, which teach a head nothing after the second round. A loop of
+# fewer tokens is found as one of a multiple of its length.
+_LOOP = {"min_pattern_size": 8, "max_pattern_size": 48, "min_count": 3}
+
+
 class Replica:
     """One engine, kept full of conversations."""
 
@@ -134,7 +139,7 @@ class Replica:
 
     def _submit(self, conversation: Conversation) -> None:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
         config = self.config
         if conversation.writes_answer:
@@ -151,6 +156,7 @@ class Replica:
             stop_token_ids=[self.form.end_of_turn],
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            repetition_detection=RepetitionDetectionParams(**_LOOP),
         )
         request_id = f"{self.index}-{self.next_id}"
         self.next_id += 1

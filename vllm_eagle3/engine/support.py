@@ -54,14 +54,7 @@ def _engine_conditions(config: "VllmConfig", tree: TreeConfig) -> Iterator[tuple
         "turn it off",
     )
     scheduler = config.scheduler_config
-    rows = scheduler.max_num_seqs * tree.top_k
-    yield (
-        rows > scheduler.max_num_batched_tokens,
-        f"max_num_seqs * tree.top_k = {rows} rows of a draft forward, more than"
-        f" max_num_batched_tokens={scheduler.max_num_batched_tokens}",
-        "lower max_num_seqs or tree.top_k, or raise max_num_batched_tokens",
-    )
-    rows = tree.num_nodes
+    rows = max(tree.num_nodes, tree.top_k)
     yield (
         rows > scheduler.max_num_batched_tokens,
         f"num_speculative_tokens={tree.num_speculative_tokens} with"
@@ -126,6 +119,8 @@ def _model_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]]:
     ):
         yield bool(getattr(model, name, False)), what, remedy
     yield getattr(model, "rswa_window", None) is not None, "reference sliding windows", remedy
+    # They read the tokens before a row from the rows before it, which a tree has in no order.
+    yield bool(model.logits_processors), "custom logits_processors", "remove them, or " + remedy
 
 
 def _check_head(config: "VllmConfig", tree: TreeConfig) -> None:
