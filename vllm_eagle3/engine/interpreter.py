@@ -15,6 +15,7 @@ import importlib.util
 import os
 import sys
 import types
+from typing import Any
 
 _ENVIRONMENT = {
     "TRITON_INTERPRET": "1",
@@ -48,6 +49,7 @@ def prepare() -> None:
     triton.backends.backends["cpu"] = types.SimpleNamespace(
         driver=_InterpreterDriver, compiler=None
     )
+    _store_under_boolean_masks()
 
 
 def is_prepared() -> bool:
@@ -55,6 +57,24 @@ def is_prepared() -> bool:
     backends = sys.modules.get("triton.backends")
     entry = backends.backends.get("cpu") if backends is not None else None
     return getattr(entry, "driver", None) is _InterpreterDriver
+
+
+def _store_under_boolean_masks() -> None:
+    """The interpreter makes integers of some conditions, which it then refuses as a mask.
+
+    vLLM's kernel for grammars (structured outputs) has such a mask.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    store = InterpreterBuilder.create_masked_store
+    if store.__module__ == __name__:
+        return
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, policy: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return store(self, ptrs, value, mask, policy)
+
+    InterpreterBuilder.create_masked_store = create_masked_store
 
 
 def avoid_kernels_it_cannot_run() -> None:
