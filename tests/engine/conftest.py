@@ -1,6 +1,7 @@
 """One tiny pair of models and one plain engine for all tests of the engine."""
 
 import logging
+
 import pytest
 
 from tests.engine import tiny

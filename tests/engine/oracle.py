@@ -76,7 +76,7 @@ class Oracle:
         if chain_rows_B is not None:
             chain_rows_B = chain_rows_B[reqs]
             chain = best_chain(tree, num_nodes - 1)
-            for row in chain_rows_B.nonzero()[:, 0].tolist():
+            for row in chain_rows_B[reqs].nonzero()[:, 0].tolist():
                 for name in vars(tree):
                     getattr(tree, name)[row] = getattr(chain, name)[row]
         self._publish(tree, reqs)

@@ -143,12 +143,14 @@ def naive_tree(head: NaiveHead, text: Tokens, depth: int, top_k: int, num_nodes:
 
 
 @pytest.mark.parametrize(
-    ("num_drafts", "depth", "top_k"), [(20, 4, 3), (63, 5, 8), (3, 2, 2), (4, 1, 6)]
+    ("num_drafts", "depth", "top_k", "budget"),
+    # With 70 rows the draft grows the trees of eight requests in two groups.
+    [(20, 4, 3, 1024), (63, 5, 8, 1024), (3, 2, 2, 1024), (4, 1, 6, 1024), (31, 4, 14, 70)],
 )
 def test_growth_equals_a_head_without_a_cache(
-    engines, pair, texts, monkeypatch, num_drafts, depth, top_k
+    engines, pair, texts, monkeypatch, num_drafts, depth, top_k, budget
 ):
-    engine = engines.tree(num_drafts, depth, top_k)
+    engine = engines.tree(num_drafts, depth, top_k, max_num_batched_tokens=budget)
     oracle = Oracle(engine, monkeypatch, seed=num_drafts)
     oracle.know(PROMPTS, texts)
     short = 16

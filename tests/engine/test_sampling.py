@@ -9,8 +9,9 @@ import torch
 from tests.chi_square import count_pairs, count_tokens, is_drawn_from
 from tests.engine import tiny
 from tests.engine.engines import Engine, Engines, Tokens, random_prompts, sampling
-from tests.engine.oracle import Oracle
+from tests.engine.oracle import Oracle, draft_tree, text_so_far
 from vllm_eagle3 import ops
+from vllm_eagle3.tree.types import NO_PARENT, DraftTree
 
 SHAPE = {"num_drafts": 10, "depth": 3, "top_k": 3}
 PROMPTS = random_prompts(12, seed=21)
@@ -115,18 +116,13 @@ def test_noise_keyed_by_row_would_change_seeded_text(engines, texts, monkeypatch
 
 V = 16
 LENGTH = 3
-TRIALS = 700
+TRIALS = 400
 PROMPT = (3, 9, 14, 6)
 
 
 @pytest.fixture(scope="module")
 def small_pair(tmp_path_factory: pytest.TempPathFactory) -> tiny.Pair:
     return tiny.write_pair(tmp_path_factory.mktemp("small"), vocab_size=V, draft_vocab_size=8)
-
-
-@pytest.fixture(scope="module")
-def small_engine(small_pair: tiny.Pair) -> Engine:
-    return Engines(small_pair).tree(5, depth=2, top_k=3, max_num_seqs=30)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +138,36 @@ def exact(small_pair: tiny.Pair) -> list[torch.Tensor]:
             probs = model(torch.tensor(texts)).logits[:, -1].softmax(-1)
         joint.append(joint[-1].unsqueeze(-1) * probs.view(*joint[-1].shape, V))
     return joint[1:]
+
+
+@pytest.fixture(scope="module")
+def small_engines(small_pair: tiny.Pair) -> Engines:
+    return Engines(small_pair)
+
+
+@pytest.fixture
+def small_engine(small_engines, exact, monkeypatch) -> Engine:
+    """Drafts the target's two favourite tokens, and its favourite after the first of them."""
+    engine = small_engines.tree(3, depth=2, top_k=2, max_num_seqs=30)
+    speculator, states = engine.runner.speculator, engine.runner.req_states
+    publish = speculator._publish
+
+    def favourites(text: Tokens) -> list[int]:
+        if not 0 < len(text) < LENGTH:
+            return [0, 0]
+        return exact[len(text)][text].topk(2).indices.tolist()
+
+    def publish_favourites(drafted: DraftTree, reqs: slice) -> None:
+        slots = speculator.idx_mapping[reqs].tolist()
+        texts = [text_so_far(states, slot)[len(PROMPT) :] for slot in slots]
+        tokens = []
+        for text in texts:
+            best, second = favourites(text)
+            tokens.append([0, best, second, favourites((*text, best))[0]])
+        publish(draft_tree(tokens, [[NO_PARENT, 0, 0, 1]] * len(tokens)), reqs)
+
+    monkeypatch.setattr(speculator, "_publish", publish_favourites)
+    return engine
 
 
 def sample(engine: Engine, trials: int) -> torch.Tensor:
@@ -164,18 +190,18 @@ def is_lossless(tokens: torch.Tensor, exact: list[torch.Tensor]) -> bool:
 def test_unseeded_requests_keep_the_distribution(small_engine, exact):
     tokens = sample(small_engine, TRIALS)
     accepted = small_engine.metric("spec_decode_num_accepted_tokens")
-    assert accepted > TRIALS // 4
+    assert accepted > TRIALS // 2
     assert is_lossless(tokens, exact)
 
 
 def test_a_verifier_that_accepts_too_much_is_caught(small_engine, exact, monkeypatch):
-    """The control: every third request takes its first draft unseen."""
+    """The control: every third request takes its second draft unseen."""
     verify = ops.verify_tree
 
     def generous(drawn: Any, drafts: Any, parents: Any, slots: Any, starts: Any, *rest: Any, **kw):
         for request, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
-            if request % 3 == 0 and end - start > 1:
-                drawn[start] = drafts[start + 1]
+            if request % 3 == 0 and end - start > 2:
+                drawn[start] = drafts[start + 2]
         return verify(drawn, drafts, parents, slots, starts, *rest, **kw)
 
     monkeypatch.setattr(ops, "verify_tree", generous)

@@ -1,0 +1,225 @@
+"""What turns a tree on, what is refused and how, and that nothing else notices the plugin."""
+
+import json
+import multiprocessing
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.engine import tiny
+from tests.engine.engines import Engines, chain, random_prompts, sampling, tree
+from vllm_eagle3.config import TreeConfig
+from vllm_eagle3.engine import activation, plugin
+
+
+def configure(pair: tiny.Pair, speculative: dict[str, Any] | None, **settings: Any) -> Any:
+    """What `LLM(...)` and `vllm serve` do before anything is loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=str(pair.target),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        dtype="float32",
+        speculative_config=speculative,
+        **settings,
+    ).create_engine_config()
+
+
+def test_the_tree_travels_in_the_additional_config(pair):
+    config = configure(pair, tree(pair, 20, depth=4, top_k=5))
+    assert activation.tree_config(config) == TreeConfig(20, depth=4, top_k=5)
+    assert config.speculative_config.num_speculative_tokens == 20
+    assert activation.tree_config(pickle.loads(pickle.dumps(config))) == TreeConfig(20, 4, 5)
+
+
+def test_true_takes_the_defaults(pair):
+    speculative = {"method": "eagle3", "model": str(pair.head), "tree": True}
+    config = configure(pair, speculative)
+    assert activation.tree_config(config) == TreeConfig(31)
+    assert "tree" in speculative  # the caller's dict is not changed
+
+
+def test_without_a_tree_the_config_is_stock(pair):
+    config = configure(pair, chain(pair, 5))
+    assert config.additional_config == {}
+    assert activation.tree_config(config) is None
+    assert configure(pair, None).speculative_config is None
+
+
+def test_without_a_tree_the_speculator_is_stock(engines: Engines, pair):
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+    runner = engines.get(speculative_config=chain(pair, 5)).runner
+    assert type(runner.speculator) is EagleSpeculator
+    assert type(runner.model_state) is DefaultModelState
+    assert type(runner.rejection_sampler) is RejectionSampler
+
+
+def test_registering_twice_wraps_once():
+    import vllm.v1.worker.gpu.spec_decode as spec_decode
+    from vllm.engine.arg_utils import EngineArgs
+
+    plugin.register()
+    assert plugin.is_registered()
+    before = EngineArgs.create_engine_config, spec_decode.init_speculator
+    plugin.register()
+    assert before == (EngineArgs.create_engine_config, spec_decode.init_speculator)
+
+
+def _describe(connection: Any, pickled: bytes) -> None:
+    """In another process: vLLM's own way to the plugin, and the config out of its pickle."""
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    config = pickle.loads(pickled)
+    connection.send((plugin.is_registered(), activation.tree_config(config)))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_find_the_plugin(pair, method):
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe()
+    pickled = pickle.dumps(configure(pair, tree(pair, 12, depth=3, top_k=4)))
+    process = context.Process(target=_describe, args=(theirs, pickled))
+    process.start()
+    try:
+        assert ours.poll(120), "the other process says nothing"
+        assert ours.recv() == (True, TreeConfig(12, depth=3, top_k=4))
+    finally:
+        process.join(10)
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tree": {"depth": 4, "width": 3}}, r"unknown key 'width' in tree: use depth and top_k"),
+        ({"tree": {"depth": 0, "top_k": 4}}, r"tree\.depth must be an integer of at least 1"),
+        ({"tree": {"depth": 3, "top_k": 0}}, r"tree\.top_k must be an integer of at least 1"),
+        ({"tree": {"depth": 1, "top_k": 4}}, r"num_speculative_tokens=12 is more than.*raise tree"),
+        ({"tree": 5}, r"tree must be true or an object"),
+        ({"num_speculative_tokens": 64}, r"num_speculative_tokens=64.*at most 63"),
+        ({"num_speculative_tokens": 0}, r"num_speculative_tokens"),
+        ({"method": "eagle"}, r'tree needs "method": "eagle3".*got \'eagle\''),
+        ({"method": "ngram"}, r'tree needs "method": "eagle3"'),
+        ({"model": None}, r'tree needs "model"'),
+        ({"model": "/no/such/head"}, r"/no/such/head: no such directory"),
+        ({"tree": {"depth": 1, "top_k": 257}}, r"tree\.top_k=257.*vocabulary of 256.*lower"),
+        ({"rejection_sample_method": "synthetic"}, r"rejection_sample_method"),
+        ({"draft_sample_method": "probabilistic"}, r"draft_sample_method"),
+    ],
+)
+def test_a_wrong_speculative_config(pair, change, message):
+    speculative = {**tree(pair, 12, depth=3, top_k=4), **change}
+    if change.get("rejection_sample_method"):
+        speculative["synthetic_acceptance_length"] = 2.0
+    with pytest.raises(ValueError, match=message):
+        configure(pair, speculative)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2: use tensor_parallel_size=1"),
+        ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2"),
+        ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            r"kv_transfer_config.*remove it",
+        ),
+        ({"max_num_batched_tokens": 8, "max_num_seqs": 2}, r"max_num_batched_tokens"),
+    ],
+)
+def test_an_unsupported_setting(pair, settings, message):
+    with pytest.raises(ValueError, match=message):
+        configure(pair, tree(pair, 12, depth=3, top_k=4), **settings)
+
+
+def test_the_first_model_runner_is_refused(pair, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    from vllm import envs
+
+    envs.disable_envs_cache()
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=1"):
+        configure(pair, tree(pair, 12, depth=3, top_k=4))
+
+
+def without_fc(head: Path) -> None:
+    tensors = tiny.head_tensors()
+    del tensors["fc.weight"]
+    save_file(tensors, head / "model.safetensors")
+
+
+def as_eagle1(head: Path) -> None:
+    hidden = torch.zeros(tiny.HIDDEN, 2 * tiny.HIDDEN)
+    tensors = {"fc.weight": hidden, "fc.bias": hidden[:, 0].clone()}
+    save_file({**tiny.head_tensors(), **tensors}, head / "model.safetensors")
+
+
+def truncated(head: Path) -> None:
+    whole = (head / "model.safetensors").read_bytes()
+    (head / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def for_another_hidden_size(head: Path) -> None:
+    tensors = tiny.head_tensors(hidden_size=64)
+    save_file(tensors, head / "model.safetensors")
+    (head / "config.json").write_text(json.dumps(tiny.head_config(hidden_size=64)))
+
+
+def for_another_vocabulary(head: Path) -> None:
+    save_file(tiny.head_tensors(vocab_size=640), head / "model.safetensors")
+    (head / "config.json").write_text(json.dumps(tiny.head_config(vocab_size=640)))
+
+
+def without_weights(head: Path) -> None:
+    (head / "model.safetensors").unlink()
+
+
+def without_config(head: Path) -> None:
+    (head / "config.json").unlink()
+
+
+def with_a_missing_shard(head: Path) -> None:
+    index = {"weight_map": {"fc.weight": "model-00002-of-00002.safetensors"}}
+    (head / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_fc, "not an EAGLE-3 head"),
+        (as_eagle1, "not an EAGLE-3 head"),
+        (truncated, "is truncated"),
+        (for_another_hidden_size, "hidden size 64, this target has 128"),
+        (for_another_vocabulary, "vocabulary of 640 tokens, this target has 512"),
+        (without_weights, "no weights"),
+        (without_config, "no config.json"),
+        (with_a_missing_shard, "model-00002-of-00002.safetensors is missing"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_wrong_head(pair, tmp_path, damage: Callable[[Path], None], message):
+    head = tmp_path / "head"
+    shutil.copytree(pair.head, head)
+    damage(head)
+    with pytest.raises(ValueError, match=message) as error:
+        configure(pair, tree(tiny.Pair(pair.target, head), 12, depth=3, top_k=4))
+    assert str(head) in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 2), (63, 6, 12), (8, 1, 8)])
+def test_shapes_at_the_limits_serve(engines, plain, shape):
+    """The head's own trees, from one node to sixty-three."""
+    prompts = random_prompts(3, seed=41)
+    expected = plain.generate(prompts, sampling(12))
+    assert engines.tree(*shape).generate(prompts, sampling(12)) == expected
