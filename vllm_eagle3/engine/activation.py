@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-logger = init_logger(__name__)
+# vLLM configures the loggers below its own name only.
+logger = init_logger(f"vllm.{__name__}")
 
 # vLLM's `additional_config` is an official free-form field and pickles to every worker.
 TRANSPORT_KEY = "eagle3_tree"
