@@ -21,6 +21,9 @@ from vllm_eagle3.tree.types import NO_PARENT, DraftTree
 class Oracle:
     """Feeds an engine's verification and counts what it met.
 
+    Args:
+        max_true: at most so many tokens of the text are hidden in a tree.
+
     Attributes:
         count: ``steps`` verified trees, ``accepted`` draft tokens, ``moved`` trees whose
             path was not in place already, ``trimmed`` trees of fewer nodes than drafted,
@@ -56,11 +59,10 @@ class Oracle:
         ]
 
     def continuation(self, text: Tokens) -> Tokens:
-        """Up to ``max_true`` tokens that follow ``text``."""
-        length = self._rng.randint(0, self._max_true)
+        """The ``max_true`` tokens that follow ``text``, where it is known."""
         for known in self.texts if text else ():
             if known[: len(text)] == text:
-                return known[len(text) : len(text) + length]
+                return known[len(text) : len(text) + self._max_true]
         return ()
 
     def _publish_oracle(self, drafted: DraftTree, reqs: slice) -> None:
@@ -82,10 +84,10 @@ class Oracle:
         self._publish(tree, reqs)
 
     def _random_tree(self, text: Tokens, num_nodes: int) -> tuple[list[int], list[int]]:
-        true = self.continuation(text)[: num_nodes - 1]
-        hidden = dict(
-            zip(sorted(self._rng.sample(range(1, num_nodes), len(true))), true, strict=True)
-        )
+        future = self.continuation(text)
+        true = future[: self._rng.randint(0, min(len(future), num_nodes - 1))]
+        nodes = sorted(self._rng.sample(range(1, num_nodes), len(true)))
+        hidden = dict(zip(nodes, true, strict=True))
         tokens, parents, last = [0], [NO_PARENT], 0
         for node in range(1, num_nodes):
             if node in hidden:
@@ -93,7 +95,11 @@ class Oracle:
                 parents.append(last)
                 last = node
             else:
-                tokens.append(self._rng.randrange(self._vocab_size))
+                # Half of the others are true tokens, too, at places where they do not belong.
+                token = self._rng.randrange(self._vocab_size)
+                if future and self._rng.random() < 0.5:
+                    token = self._rng.choice(future)
+                tokens.append(token)
                 parents.append(self._rng.randrange(node))
         return tokens, parents
 
