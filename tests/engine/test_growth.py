@@ -19,7 +19,7 @@ from vllm_eagle3.train.model import Eagle3Head, HeadConfig
 from vllm_eagle3.tree.rerank import rerank
 
 DEPTH = 5
-NUM_TOKENS = 40
+NUM_TOKENS = 24
 PROMPTS = random_prompts(8, seed=3)
 
 
@@ -60,15 +60,15 @@ def test_one_child_a_node_is_vllms_chain(engines, texts, stock_drafts, monkeypat
     oracle.know(PROMPTS, texts)
     assert engine.generate(PROMPTS, sampling(NUM_TOKENS)) == texts
     # Deep accepts, so that the draft also grows from caches that compaction has filled.
-    assert oracle.count["accepted"] > 100
-    assert oracle.count["moved"] > 20
+    assert oracle.count["accepted"] > 60
+    assert oracle.count["moved"] > 15
     compared = 0
     for text, fields in oracle.drafted.items():
         if text in stock_drafts:
             assert tuple(fields["tokens_BN"][1:].tolist()) == stock_drafts[text]
             assert fields["parents_BN"].tolist() == list(range(-1, DEPTH))
             compared += 1
-    assert compared > 60
+    assert compared > 40
 
 
 def test_the_best_first_token_is_vllms_first_draft(engines, texts, stock_drafts, monkeypatch):
@@ -77,7 +77,7 @@ def test_the_best_first_token_is_vllms_first_draft(engines, texts, stock_drafts,
     oracle.know(PROMPTS, texts)
     assert engine.generate(PROMPTS, sampling(NUM_TOKENS)) == texts
     compared = [text for text in oracle.drafted if text in stock_drafts]
-    assert len(compared) > 60
+    assert len(compared) > 30
     for text in compared:
         assert int(oracle.drafted[text]["tokens_BN"][1]) == stock_drafts[text][0]
 
