@@ -78,14 +78,26 @@ def _store_under_boolean_masks() -> None:
 
 
 def avoid_kernels_it_cannot_run() -> None:
-    """Let vLLM filter by top-k and top-p in torch.
+    """Let vLLM do in torch what the interpreter cannot do, or not in useful time.
 
-    Its Triton kernel for it calls methods of an integer argument, which is a plain number to
-    the interpreter. The torch version is vLLM's own, for machines without Triton.
+    The kernel for top-k and top-p calls methods of an integer argument, which is a plain number
+    to the interpreter; vLLM's own torch version is for machines without Triton. The sampling
+    kernel takes a second for a greedy token of a large vocabulary, where it is an argmax.
     """
     from vllm.v1.sample.ops import topk_topp_sampler
+    from vllm.v1.worker.gpu.sample import sampler
 
     topk_topp_sampler.HAS_TRITON = False
+    gumbel_sample = sampler.gumbel_sample
+    if gumbel_sample.__module__ == __name__:
+        return
+
+    def draw(logits: Any, rows: Any, temperature: Any, *args: Any, **kwargs: Any) -> Any:
+        if temperature[rows].any() or kwargs.get("logits_cache") is not None:
+            return gumbel_sample(logits, rows, temperature, *args, **kwargs)
+        return logits.argmax(dim=-1)
+
+    sampler.gumbel_sample = draw
 
 
 def main() -> None:

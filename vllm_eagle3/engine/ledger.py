@@ -260,8 +260,9 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         "vllm.sampling_params:RepetitionDetectionParams",
         "vllm.sampling_params:RequestOutputKind",
     ),
-    Hook("top-k and top-p", "torch instead of Triton under the interpreter"): (
+    Hook("top-k, top-p, greedy choice", "torch instead of Triton under the interpreter"): (
         "vllm.v1.sample.ops.topk_topp_sampler:HAS_TRITON",
+        f"{_GPU}.sample.sampler:gumbel_sample",
     ),
     Hook("vllm.entrypoints.cli.serve", "`vllm serve` on a machine without a GPU"): (
         "vllm.entrypoints.cli.serve:ServeSubcommand",

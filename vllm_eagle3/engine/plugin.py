@@ -13,8 +13,8 @@ Every object of vLLM that this project touches:
     7  attention layers of target and draft         ``attn_backend`` and ``impl`` of each layer
                                                     rebound after loading (attention.py)
     8  ``RejectionSampler``                         subclassed (verifier.py)
-    9  ``topk_topp_sampler.HAS_TRITON``             set to False under Triton's interpreter, which
-                                                    cannot run that kernel (interpreter.py)
+    9  ``topk_topp_sampler.HAS_TRITON``,            under Triton's interpreter only: torch in
+       ``sampler.gumbel_sample``                    place of two kernels (interpreter.py)
 
 Wrapped functions call the original whenever the config asks for no tree.
 """
