@@ -56,21 +56,21 @@ class KVCacheTable:
             layers: for each layer its cache, logical ``[blocks, kv heads, block size,
                 content]`` with any strides but contiguous content (the keys and values of
                 one head for one token, and scales stored inline), and its KV cache group.
-                A cache that several layers share is taken once.
+                A cache that several layers of a group share is taken once; groups may
+                overlay each other in one allocation, of which they own different blocks.
 
         Raises:
             ValueError: no layer, or a cache of another rank, device or layout.
         """
-        unique: dict[int, tuple[torch.Tensor, int]] = {}
+        unique: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
         for cache, group in layers:
             _check_cache(cache, group)
-            shared, shared_group = unique.setdefault(cache.data_ptr(), (cache, group))
+            shared, _ = unique.setdefault((cache.data_ptr(), group), (cache, group))
             check(
                 shared.shape == cache.shape
                 and shared.stride() == cache.stride()
-                and shared.dtype == cache.dtype
-                and shared_group == group,
-                "two layers share one KV cache but see it with different shapes or groups: "
+                and shared.dtype == cache.dtype,
+                "two layers share one KV cache but see it with different shapes: "
                 "draft trees cannot compact such a cache",
             )
         check(bool(unique), "no layer with a KV cache to compact")
