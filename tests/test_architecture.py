@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "tree": {"config"},
     "metrics": {"tree"},
     "ops": {"config", "tree"},
-    "engine": {"config", "corpus", "tree", "metrics", "ops"},
+    "heads": {"config"},
+    "engine": {"config", "corpus", "heads", "tree", "metrics", "ops"},
     "train": {"config", "corpus", "tree"},
 }
 ANYTHING = {"bench", "cli", "demo"}
@@ -34,6 +35,7 @@ HEAVY = {
     "tree": {"torch"},
     "metrics": {"torch"},
     "ops": {"torch", "triton"},
+    "heads": {"torch"},
     "train": {"torch", "transformers"},
     "engine": {"torch", "triton", "transformers", "vllm"},
     "bench": {"torch", "transformers", "vllm"},

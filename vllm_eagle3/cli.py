@@ -43,6 +43,12 @@ COMMANDS = (
         "train",
     ),
     Command(("train",), "vllm_eagle3.train.trainer", "train an EAGLE-3 head", "train"),
+    Command(("inspect",), "vllm_eagle3.heads.inspect", "what is a head, and how is it served?"),
+    Command(
+        ("convert-head",),
+        "vllm_eagle3.heads.convert",
+        "write a head in vLLM's or in the speculators format",
+    ),
     Command(
         ("bench", "acceptance"),
         "vllm_eagle3.bench.acceptance",

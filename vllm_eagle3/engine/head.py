@@ -1,12 +1,9 @@
 """Checks of an EAGLE-3 head's files before an engine is built on them."""
 
-import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-_INDEX = "model.safetensors.index.json"
+from vllm_eagle3.heads.files import read_entries, safetensors_files
 
 
 @dataclass(frozen=True)
@@ -47,16 +44,15 @@ def check_files(path: str | None) -> HeadShapes | None:
         return None
     if not (root / "config.json").is_file():
         raise ValueError(f"speculative model {path}: no config.json in it")
-    files = sorted(root.glob("*.safetensors"))
+    files = safetensors_files(root)
     if not files:
         if any(root.glob("*.bin")) or any(root.glob("*.pt")):
             return None
         raise ValueError(f"speculative model {path}: no weights (*.safetensors) in it")
-    _check_index(root, {file.name for file in files})
-    tensors: dict[str, list[int]] = {}
-    for file in files:
-        tensors.update(_read_shapes(file))
-    return _shapes(path, tensors)
+    return _shapes(
+        path,
+        {name: entry.shape for file in files for name, entry in read_entries(file).items()},
+    )
 
 
 def check_target(path: str, shapes: HeadShapes, hidden_size: int, vocab_size: int) -> None:
@@ -77,32 +73,7 @@ def check_target(path: str, shapes: HeadShapes, hidden_size: int, vocab_size: in
         )
 
 
-def _check_index(root: Path, present: set[str]) -> None:
-    index = root / _INDEX
-    if not index.is_file():
-        return
-    missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - present)
-    if missing:
-        raise ValueError(f"speculative model {root}: {', '.join(missing)} is missing")
-
-
-def _read_shapes(file: Path) -> dict[str, list[int]]:
-    """Tensor shapes from a safetensors header; the data is not read."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(length))
-    except (struct.error, ValueError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{file} is truncated or no safetensors file") from error
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size < 8 + length + end:
-        raise ValueError(f"{file} is truncated: {size} bytes of {8 + length + end}")
-    return {name: entry["shape"] for name, entry in header.items()}
-
-
-def _shapes(path: str, tensors: dict[str, list[int]]) -> HeadShapes:
+def _shapes(path: str, tensors: dict[str, tuple[int, ...]]) -> HeadShapes:
     by_suffix = {name.removeprefix("model."): shape for name, shape in tensors.items()}
     fc = by_suffix.get("fc.weight")
     hidden_norm = [name for name in by_suffix if name.endswith("hidden_norm.weight")]

@@ -1,0 +1,124 @@
+"""What `vllm-eagle3 inspect` says of a head, and of the ways to serve it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import vllm_eagle3
+from tests.heads import checkpoints
+from tests.heads.checkpoints import HIDDEN, LEFT
+from vllm_eagle3 import cli
+
+DEMO = Path(vllm_eagle3.__file__).parent / "demo" / "head"
+
+
+def inspected(capsys, head: Path, *options: str) -> tuple[int, dict]:
+    code = cli.main(["inspect", str(head), "--json", *options])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return checkpoints.write_target(tmp_path / "target")
+
+
+def test_the_shipped_head(capsys):
+    assert cli.main(["inspect", str(DEMO)]) == 0
+    text = capsys.readouterr().out
+    for line in (
+        "kind                EAGLE-3\n",
+        "draft vocabulary    8192 of 49152 tokens (d2t: offsets, t2d agrees)\n",
+        "captured layers     2, 15, 27, entered or left cannot be told (give --target",
+        "  yes chain by vLLM",
+        "  yes tree by vllm-eagle3",
+    ):
+        assert line in text
+
+
+def test_a_head_that_fits(tmp_path, target, capsys):
+    source = checkpoints.write(tmp_path / "head", checkpoints.flat(), checkpoints.tensors())
+    code, found = inspected(capsys, source, "--target", str(target))
+    assert (code, found["fits_target"], found["layers_entered"]) == (0, True, [2, 5, 7])
+    assert found["dtype"] == "BF16"
+    assert found["serving"] == {
+        "method": "eagle3",
+        "chain": True,
+        "tree": True,
+        "refusals": [],
+        "warnings": [],
+    }
+
+
+def test_layers_left_draft_badly_as_they_lie(tmp_path, target, capsys):
+    source = checkpoints.write(tmp_path / "head", checkpoints.flat(LEFT), checkpoints.tensors())
+    code, found = inspected(capsys, source, "--target", str(target))
+    assert code == 0
+    assert found["convention"]["value"] == "left"
+    assert "one too early" in found["serving"]["warnings"][0]
+
+
+def test_a_head_of_another_target(tmp_path, capsys):
+    source = checkpoints.write(tmp_path / "head", checkpoints.flat(), checkpoints.tensors())
+    other = checkpoints.write_target(tmp_path / "other", vocab_size=65)
+    code, found = inspected(capsys, source, "--target", str(other))
+    assert (code, found["fits_target"]) == (1, False)
+    assert "vocabulary of 64 tokens" in found["serving"]["refusals"][0]
+
+
+def test_eagle_3_1(tmp_path, capsys):
+    norms = {f"fc_norm.{i}.weight": torch.ones(HIDDEN) for i in range(3)}
+    config = checkpoints.speculators(fc_norm=True, norm_output=True)
+    source = checkpoints.write(tmp_path / "head", config, checkpoints.tensors("layers.0") | norms)
+    _, found = inspected(capsys, source)
+    assert (found["kind"], found["layout"]) == ("EAGLE-3.1", "speculators")
+    assert found["norm_output"]["value"] is True
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_eagle_1(tmp_path, capsys, bias):
+    weights = {
+        "fc.weight": torch.zeros(HIDDEN, 2 * HIDDEN),
+        "layers.0.self_attn.q_proj.weight": torch.zeros(HIDDEN, HIDDEN),
+    }
+    if bias:
+        weights["fc.bias"] = torch.zeros(HIDDEN)
+    source = checkpoints.write(tmp_path / "head", checkpoints.eagle_repository(), weights)
+    code, found = inspected(capsys, source)
+    assert found["kind"] == "EAGLE-1/EAGLE-2/HASS"
+    assert (code, found["serving"]["chain"]) == (int(bias), not bias)
+    assert found["serving"]["method"] == "eagle"
+    assert found["serving"]["tree"] is False
+
+
+def test_something_else(tmp_path, capsys):
+    source = checkpoints.write(
+        tmp_path / "head", checkpoints.flat(), {"model.layers.0.mlp.up_proj.weight": torch.ones(2)}
+    )
+    code, found = inspected(capsys, source)
+    assert (code, found["kind"], found["serving"]["chain"]) == (1, "unknown", False)
+
+
+def test_four_captured_states_are_a_chain(tmp_path, capsys):
+    config = checkpoints.flat((2, 4, 6, 8))
+    source = checkpoints.write(tmp_path / "head", config, checkpoints.tensors(captured=4))
+    _, found = inspected(capsys, source)
+    assert (found["serving"]["chain"], found["serving"]["tree"]) == (True, False)
+    assert "three captured states, fc takes 4" in found["serving"]["refusals"][0]
+
+
+def test_a_base_that_the_trainer_ignored(tmp_path, capsys):
+    config = checkpoints.eagle_repository(rope_theta=5e5)
+    source = checkpoints.write(tmp_path / "head", config, checkpoints.tensors())
+    _, found = inspected(capsys, source)
+    assert found["rotary"]["value"] is None
+    assert any("10000 whatever the config" in text for text in found["serving"]["warnings"])
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_an_incomplete_head(tmp_path, capsys, missing):
+    source = checkpoints.write(tmp_path / "head", checkpoints.flat(), checkpoints.tensors())
+    (source / missing).unlink()
+    assert cli.main(["inspect", str(source)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,1 @@
+"""Heads on disk: what a checkpoint is, by which conventions, and its conversion."""

@@ -1,0 +1,120 @@
+"""A head as it lies on disk, and which of the public layouts that is."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_eagle3.heads.files import TensorEntry, read_config, read_entries, safetensors_files
+
+if TYPE_CHECKING:
+    import torch
+
+SPECULATORS, EAGLE_REPOSITORY, FLAT = "speculators", "EAGLE repository", "flat"
+# What `convert-head` writes into a flat head's `eagle_config`: the layer ids count the layer
+# entered and `norm_output` means that the normed state is fed back, as vLLM reads both.
+CONVENTIONS_KEY, OUR_CONVENTIONS = "conventions", "vllm"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A head's files.
+
+    Attributes:
+        path: the directory.
+        config: ``config.json`` as stored.
+        files: its weights, safetensors or PyTorch's pickles.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    files: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Read the config and find the weights.
+
+        Raises:
+            ValueError: no such directory, no config, no weights, or a shard is missing.
+        """
+        root = Path(path).expanduser()
+        if not root.is_dir():
+            raise ValueError(f"{path}: no such directory (a head is given as a local directory)")
+        config = read_config(root)
+        files = safetensors_files(root) or sorted(root.glob("pytorch_model*.bin"))
+        if not files:
+            raise ValueError(f"{root}: no weights (*.safetensors or pytorch_model.bin) in it")
+        return cls(root, config, tuple(files))
+
+    @property
+    def layout(self) -> str:
+        """``SPECULATORS``, ``EAGLE_REPOSITORY`` or ``FLAT``.
+
+        The EAGLE repository keeps the target's architecture; SpecForge, this project and
+        everything else that vLLM and SGLang load name one of their own.
+        """
+        if "speculators_model_type" in self.config:
+            return SPECULATORS
+        named = " ".join(self.config.get("architectures") or ())
+        return FLAT if "eagle" in named.lower() else EAGLE_REPOSITORY
+
+    @property
+    def follows_our_conventions(self) -> bool:
+        return self.eagle_config.get(CONVENTIONS_KEY) == OUR_CONVENTIONS
+
+    @property
+    def eagle_config(self) -> dict[str, Any]:
+        return self.config.get("eagle_config") or {}
+
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """The settings of the decoder layer, wherever the layout keeps them."""
+        if self.layout == SPECULATORS:
+            return self.config.get("transformer_layer_config") or {}
+        return self.config
+
+    def flag(self, name: str) -> bool | None:
+        """A switch such as ``fc_norm``, from the places where vLLM looks; None if absent."""
+        value = self.eagle_config.get(name, self.config.get(name))
+        return None if value is None else bool(value)
+
+    @cached_property
+    def entries(self) -> dict[str, TensorEntry]:
+        """All tensors, names without a leading ``model.``.
+
+        Raises:
+            ValueError: a file is truncated.
+        """
+        if self.files[0].suffix == ".bin":
+            return {name: _entry(tensor) for name, tensor in self.load().items()}
+        return {
+            name.removeprefix("model."): entry
+            for file in self.files
+            for name, entry in read_entries(file).items()
+        }
+
+    def load(self, *names: str) -> "dict[str, torch.Tensor]":
+        """The tensors of these names that exist, or all of them, on the CPU."""
+        import torch
+        from safetensors import safe_open
+
+        tensors: dict[str, torch.Tensor] = {}
+        for file in self.files:
+            if file.suffix == ".bin":
+                stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                tensors.update({key.removeprefix("model."): t for key, t in stored.items()})
+                continue
+            with safe_open(file, framework="pt") as reader:
+                for key in reader.keys():  # noqa: SIM118 (not a mapping)
+                    name = key.removeprefix("model.")
+                    if not names or name in names:
+                        tensors[name] = reader.get_tensor(key)
+        return {name: tensor for name, tensor in tensors.items() if not names or name in names}
+
+
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64", "bool": "BOOL"}
+
+
+def _entry(tensor: "torch.Tensor") -> TensorEntry:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorEntry(_DTYPES.get(dtype, dtype), tuple(tensor.shape), tensor.nbytes)

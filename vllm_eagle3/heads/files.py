@@ -1,0 +1,77 @@
+"""A checkpoint's config and its tensors' names, types and shapes; no tensor data is read."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_INDEX = "model.safetensors.index.json"
+
+
+class TensorEntry(NamedTuple):
+    """A tensor in a file's header. ``dtype`` is safetensors' name for it, such as ``BF16``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint.
+
+    Raises:
+        ValueError: there is none, or it is not a JSON object.
+    """
+    file = root / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{root}: no config.json in it")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return config
+
+
+def safetensors_files(root: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, by name.
+
+    Raises:
+        ValueError: the index names a file that is not there.
+    """
+    files = sorted(root.glob("*.safetensors"))
+    index = root / _INDEX
+    if index.is_file():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise ValueError(f"{root}: {', '.join(missing)} is missing")
+    return files
+
+
+def read_entries(file: Path) -> dict[str, TensorEntry]:
+    """The header of a safetensors file.
+
+    Raises:
+        ValueError: the file is shorter than its header says, or has no such header.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except (struct.error, ValueError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{file} is truncated or no safetensors file") from error
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < 8 + length + end:
+        raise ValueError(f"{file} is truncated: {size} bytes of {8 + length + end}")
+    return {
+        name: TensorEntry(
+            entry["dtype"],
+            tuple(entry["shape"]),
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
