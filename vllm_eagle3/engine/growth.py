@@ -85,7 +85,7 @@ class TreeGrowth(EagleSpeculator):
         B, K = root.state_BH.shape[0], self.config.top_k
         expansion = root.expansion
         states_BKH = root.state_BH.unsqueeze(1).expand(B, K, -1)
-        rows = None if skip_attn else self._level_rows(root.reqs, B)
+        metadata = None if skip_attn else self._level_metadata(root.reqs, B)
         for level in range(1, self.config.depth):
             parents_BKH = expansion.frontier_parent_BK.unsqueeze(2).expand_as(states_BKH)
             states_BKH = states_BKH.gather(1, parents_BKH)
@@ -93,22 +93,23 @@ class TreeGrowth(EagleSpeculator):
             self.hidden_states[: B * K] = states_BKH.flatten(0, 1)
             self.input_buffers.input_ids[: B * K] = expansion.frontier_tokens_BK.flatten()
             self.input_buffers.positions[: B * K] = positions_B1.expand(B, K).flatten()
-            if rows is not None:
+            if metadata is not None:
+                rows = metadata.tree
                 rows.ancestor_bits = expansion.frontier_bits_BK.flatten()
                 rows.tree_lens = rows.tree_lens + K
                 rows.max_tree_len = level * K
                 self.scratch.first_node = (level - 1) * K
-            last_MH, feedback_MH = self._run_frontier(B * K, rows, root.reqs)
+            last_MH, feedback_MH = self._run_frontier(B * K, metadata)
             log_probs_MK, tokens_MK = self._best_children(last_MH)
             states_BKH = feedback_MH.view(B, K, -1)
             expansion = grow(expansion, log_probs_MK.view(B, K, K), tokens_MK.view(B, K, K))
         return expansion
 
-    def _level_rows(self, reqs: slice, num_reqs: int) -> TreeRows:
+    def _level_metadata(self, reqs: slice, num_reqs: int) -> TreeMetadata:
         """The frontier's rows: K a request, after the committed tokens."""
         B, K = num_reqs, self.config.top_k
         starts_B1 = torch.arange(B + 1, dtype=torch.int32, device=self.device)
-        return TreeRows(
+        rows = TreeRows(
             num_reqs=B,
             num_tokens=B * K,
             query_start_loc=starts_B1 * K,
@@ -122,23 +123,21 @@ class TreeGrowth(EagleSpeculator):
             max_prefix_len=self.draft_max_seq_len,
             scratch=self.scratch,
         )
+        (group,) = (group for groups in self.attn_groups for group in groups)
+        blocks_BP = self.block_tables.input_block_tables[group.kv_cache_group_id][reqs]
+        # The layer may see its cache in smaller blocks than the cache's manager.
+        return TreeMetadata(rows, group.map_to_kernel_block_table(blocks_BP), None)
 
     def _run_frontier(
-        self, num_rows: int, rows: TreeRows | None, reqs: slice
+        self, num_rows: int, metadata: TreeMetadata | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One draft forward: states for the logits and states to feed back, [M, H] each."""
-        metadata = None
-        if rows is not None:
-            (name,) = self.draft_attn_layer_names
-            group = self._draft_kv_group(name)
-            metadata = {name: TreeMetadata(rows, self.block_tables.input_block_tables[group], None)}
+        by_layer = None
+        if metadata is not None:
+            by_layer = dict.fromkeys(self.draft_attn_layer_names, metadata)
         # No slot mapping: a tree's keys and values stay out of the paged cache.
-        last, feedback = self._run_model(num_rows, metadata, {}, None)
+        last, feedback = self._run_model(num_rows, by_layer, {}, None)
         return last[:num_rows], feedback[:num_rows]
-
-    def _draft_kv_group(self, layer_name: str) -> int:
-        groups = self.kv_cache_config.kv_cache_groups
-        return next(i for i, group in enumerate(groups) if layer_name in group.layer_names)
 
     def _best_children(self, hidden_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The K best children of each row, log-probabilities and target token ids."""

@@ -39,6 +39,7 @@ def _attention(module: str, backend: str, impl: str, *more: str) -> tuple[str, .
             f"{_BACKENDS}.{module}:{impl}",
             "forward",
             "do_kv_cache_update",
+            "fused_output_quant_supported",
             "head_size",
             "scale",
             "sliding_window",
@@ -133,6 +134,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "_multi_step_decode",
             "_prefill",
             "_run_model",
+            "attn_groups",
             "block_tables",
             "device",
             "draft_attn_layer_names",
@@ -143,7 +145,6 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "hidden_states",
             "idx_mapping",
             "input_buffers",
-            "kv_cache_config",
             "load_model",
             "max_model_len",
             "max_num_reqs",
@@ -157,6 +158,9 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         ),
         *_members(f"{_GPU}.block_table:BlockTables", "input_block_tables", "slot_mappings"),
         *_members(f"{_GPU}.input_batch:InputBuffers", "input_ids", "positions", "seq_lens"),
+        *_members(
+            "vllm.v1.worker.utils:AttentionGroup", "kv_cache_group_id", "map_to_kernel_block_table"
+        ),
         "vllm.forward_context:set_forward_context",
         "vllm.utils.torch_utils:async_tensor_h2d",
     ),
