@@ -92,6 +92,10 @@ def _tail(common: CommonAttentionMetadata, tree: TreeRows) -> CommonAttentionMet
     def rest(values: torch.Tensor | None, start: int = first) -> torch.Tensor | None:
         return None if values is None else values[start:]
 
+    # Spans of images, which see each other in both directions, by place in the batch.
+    spans = common.mm_req_doc_ranges
+    if spans is not None:
+        spans = {req - first: span for req, span in spans.items() if req >= first}
     return common.replace(
         query_start_loc=common.query_start_loc[first:] - row,
         query_start_loc_cpu=starts_cpu,
@@ -105,6 +109,7 @@ def _tail(common: CommonAttentionMetadata, tree: TreeRows) -> CommonAttentionMet
         positions=rest(common.positions, row),
         is_prefilling=rest(common.is_prefilling),
         req_idx=rest(common.req_idx),
+        mm_req_doc_ranges=spans,
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )
@@ -118,6 +123,10 @@ class TreeImpl:
     """
 
     tree_batch: TreeBatch | None
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Keeps vLLM's fusion pass away from this layer: tree rows write no quantised output."""
+        return False
 
     def forward(
         self,
@@ -134,8 +143,8 @@ class TreeImpl:
         stock = super().forward  # type: ignore[misc]
         if attn_metadata is None:  # vLLM's profiling run
             return stock(layer, query, key, value, kv_cache, None, output)
-        if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("tree attention writes no quantised output")
+        assert output_scale is None
+        assert output_block_scale is None
         tree, tail = attn_metadata.tree, attn_metadata.tail
         row = 0
         if tree is not None:
@@ -216,13 +225,19 @@ def adopt(layers: dict[str, "Attention"], tree_batch: TreeBatch | None) -> None:
                 f"draft trees do not support the attention backend {stock} of {name}: choose"
                 " --attention-backend FLASH_ATTN or TRITON_ATTN"
             )
+        module = importlib.import_module(f"vllm_eagle3.engine.{_BACKENDS[stock]}")
+        if layer.attn_backend is not module.TargetBackend.__base__:
+            # Chunked-local attention, static sinks: the name of their base, but other metadata.
+            raise ValueError(
+                f"draft trees do not support {layer.attn_backend.__name__} ({name}): serve this"
+                " model with a chain (leave tree out)"
+            )
         for feature in ("alibi_slopes", "sinks", "kv_sharing_target_layer_name"):
             if getattr(layer.impl, feature, None) is not None:
                 raise ValueError(
                     f"draft trees do not support {feature} ({name}): serve this model with a"
                     " chain (leave tree out)"
                 )
-        module = importlib.import_module(f"vllm_eagle3.engine.{_BACKENDS[stock]}")
         # Target and draft need different backend classes: vLLM shares one metadata object
         # between layers of one class, and the draft's prefill must stay causal.
         backend = module.TargetBackend if tree_batch is not None else module.DraftBackend
