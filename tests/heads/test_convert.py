@@ -161,6 +161,37 @@ def test_target_ids_become_offsets(tmp_path, target):
     checkpoints.assert_equal(converted(source, target)[1], checkpoints.tensors())
 
 
+def test_a_map_of_two_readings_is_refused(tmp_path, target):
+    weights = checkpoints.tensors()
+    del weights["t2d"]
+    source = checkpoints.write(tmp_path / "head", checkpoints.flat(), weights)
+    # Increasing offsets without t2d: they would be target ids just as well.
+    with pytest.raises(ValueError, match="offsets or target ids"):
+        converted(source, target)
+
+
+def test_a_missing_t2d_is_made_where_d2t_has_one_reading(tmp_path, target):
+    ids = torch.arange(checkpoints.DRAFTED) + 3
+    weights = checkpoints.tensors() | {"d2t": ids - torch.arange(checkpoints.DRAFTED)}
+    del weights["t2d"]
+    source = checkpoints.write(tmp_path / "head", checkpoints.flat(), weights)
+    _, found = converted(source, target)
+    assert found["t2d"].nonzero()[:, 0].equal(ids)
+    assert found["d2t"].equal(weights["d2t"])
+
+
+@pytest.mark.parametrize("to", ["flat", "speculators"])
+def test_four_captured_states_are_counted_where_vllm_looks(tmp_path, target, to):
+    ids = (2, 4, 6, 8)
+    source = checkpoints.write(
+        tmp_path / "head", checkpoints.flat(ids), checkpoints.tensors(captured=4)
+    )
+    config, _ = converted(source, target, to=to, layer_ids_convention="entered")
+    assert config.get("transformer_layer_config", config)["num_aux_hidden_states"] == 4
+    convert(tmp_path / "head-converted", tmp_path / "again", target)
+    assert layer_ids(checkpoints.read(tmp_path / "again")[0]) == list(ids)
+
+
 def test_scaled_rotary_positions_stay_scaled(tmp_path, target):
     scaling = {"rope_type": "llama3", "factor": 8.0}
     config = checkpoints.flat(rope_parameters={"rope_theta": 7e5, **scaling})
@@ -177,6 +208,7 @@ def test_scaled_rotary_positions_stay_scaled(tmp_path, target):
         ({}, {"optimizer.step": torch.zeros(1)}, "'optimizer.step' is none of an EAGLE-3"),
         ({"draft_vocab_size": 8}, {}, "draft_vocab_size=8, but lm_head.weight has 16"),
         ({"fc_norm": True}, {}, "fc_norm=True"),
+        ({"num_hidden_layers": 2}, {}, "num_hidden_layers=2, but tensors of 1"),
         ({"model_type": "qwen3"}, {}, "model_type='qwen3'"),
         ({}, {"fc.bias": torch.zeros(checkpoints.HIDDEN)}, "not an EAGLE-3 head"),
         ({}, {"t2d": None, "d2t": None, "lm_head.weight": None}, "no lm_head.weight"),

@@ -116,6 +116,14 @@ def test_a_base_that_the_trainer_ignored(tmp_path, capsys):
     assert any("10000 whatever the config" in text for text in found["serving"]["warnings"])
 
 
+def test_a_truncated_file(tmp_path, capsys):
+    source = checkpoints.write(tmp_path / "head", checkpoints.flat(), checkpoints.tensors())
+    weights = source / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert cli.main(["inspect", str(source)]) == 2
+    assert "is truncated" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_an_incomplete_head(tmp_path, capsys, missing):
     source = checkpoints.write(tmp_path / "head", checkpoints.flat(), checkpoints.tensors())

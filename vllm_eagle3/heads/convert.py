@@ -109,7 +109,7 @@ def convert(
             ``out_dir`` holds a head already.
     """
     out_dir, shape = Path(out_dir), TargetShape.read(target)
-    if (out_dir / "config.json").exists() or any(out_dir.glob("*.safetensors")):
+    if (out_dir / "config.json").exists():
         raise ValueError(f"{out_dir} holds a checkpoint already: give another OUT")
     head = describe(Checkpoint.open(source), shape, **settled)
     if head.kind not in (EAGLE3, EAGLE31):

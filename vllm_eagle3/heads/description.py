@@ -1,5 +1,6 @@
 """What a head is: its kind, its sizes and its conventions, from its files alone."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ class HeadDescription:
         hidden_size: of the head's decoder layer.
         target_hidden_size: of each captured state, or None.
         num_captured: states of the target that ``fc`` takes, or None.
-        num_layers, num_heads, num_kv_heads: of the head, from its config.
+        num_layers: decoder layers that the head has tensors for.
+        num_heads, num_kv_heads: from its config.
         vocab_size: of the target, as far as the head knows.
         vocabulary: the draft vocabulary.
         convention, rotary, norm_output, norm_before_residual: the conventions that tensors
@@ -42,7 +44,7 @@ class HeadDescription:
     hidden_size: int | None
     target_hidden_size: int | None
     num_captured: int | None
-    num_layers: int | None
+    num_layers: int
     num_heads: int | None
     num_kv_heads: int | None
     vocab_size: int | None
@@ -93,7 +95,7 @@ def describe(
         hidden_size=hidden_size,
         target_hidden_size=target_hidden,
         num_captured=captured,
-        num_layers=config.get("num_hidden_layers"),
+        num_layers=_num_layers(checkpoint),
         num_heads=config.get("num_attention_heads"),
         num_kv_heads=config.get("num_key_value_heads", config.get("num_attention_heads")),
         vocab_size=vocabulary.target_size or vocab_size,
@@ -132,8 +134,13 @@ def _fusion(checkpoint: Checkpoint, kind: str, num_ids: int) -> tuple[int | None
     inputs = checkpoint.entries["fc.weight"].shape[1]
     if kind == EAGLE1:
         return inputs // 2, 1
-    captured = checkpoint.config.get("num_aux_hidden_states") or num_ids or 3
+    captured = checkpoint.model_config.get("num_aux_hidden_states") or num_ids or 3
     return inputs // captured, captured
+
+
+def _num_layers(checkpoint: Checkpoint) -> int:
+    names = (re.match(r"midlayer|layers\.\d+", name) for name in checkpoint.entries)
+    return len({name[0] for name in names if name})
 
 
 def _problems(
@@ -148,6 +155,9 @@ def _problems(
         problems.append(f"fc.weight takes {inputs} inputs, no multiple of {captured} states")
     if config.get("hidden_size", hidden) != hidden:
         problems.append(f"hidden_size={config['hidden_size']}, but fc.weight makes {hidden}")
+    layers = _num_layers(checkpoint)
+    if config.get("num_hidden_layers", layers) != layers:
+        problems.append(f"num_hidden_layers={config['num_hidden_layers']}, but tensors of {layers}")
     if "lm_head.weight" not in entries:
         problems.append("no lm_head.weight")
     stored = checkpoint.config.get("draft_vocab_size")

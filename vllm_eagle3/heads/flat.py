@@ -25,6 +25,7 @@ _BOOKKEEPING = (
     "norm_output",
     "rope_parameters",
     "target_hidden_size",
+    "torch_dtype",
     "transformers_version",
 )
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -45,14 +46,16 @@ def layer_config(head: HeadDescription) -> dict[str, Any]:
     }
     if scaling.get("rope_type", "default") != "default":
         config["rope_scaling"] = scaling
+    if head.num_captured != 3:  # vLLM's default, whatever the ids
+        config["num_aux_hidden_states"] = head.num_captured
     config |= {
         "hidden_size": head.hidden_size,
         "vocab_size": head.vocab_size,
+        "num_hidden_layers": head.num_layers,
         "num_key_value_heads": head.num_kv_heads,
         "head_dim": _head_dim(head),
         "rope_theta": head.rotary.require("the rotary base"),
         "tie_word_embeddings": False,
-        "torch_dtype": _DTYPES.get(head.dtype, head.dtype),
     }
     return {"model_type": _model_type(head), **dict(sorted(config.items()))}
 
@@ -77,6 +80,7 @@ def flat_config(head: HeadDescription, target: TargetShape) -> dict[str, Any]:
     config = {
         "architectures": [ARCHITECTURES[layer["model_type"]]],
         **layer,
+        "torch_dtype": torch_dtype(head),
         "draft_vocab_size": head.vocabulary.size,
         **{name: True for name, on in norm_flags(head).items() if on},
     }
@@ -108,6 +112,11 @@ def norm_flags(head: HeadDescription) -> dict[str, bool]:
         "norm_before_residual": head.norm_before_residual.require("the residual's start"),
         "norm_output": head.norm_output.require("which state is fed back"),
     }
+
+
+def torch_dtype(head: HeadDescription) -> str:
+    """The type of most weights, by torch's name."""
+    return _DTYPES.get(head.dtype, head.dtype)
 
 
 def flat_name(name: str) -> str:

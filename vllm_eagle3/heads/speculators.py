@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from vllm_eagle3.heads.description import HeadDescription
-from vllm_eagle3.heads.flat import captured_layers, layer_config, norm_flags
+from vllm_eagle3.heads.flat import captured_layers, layer_config, norm_flags, torch_dtype
 from vllm_eagle3.heads.target import TargetShape
 
 _DRAFTS = 5
@@ -32,6 +32,7 @@ def speculators_config(head: HeadDescription, target: TargetShape, name: str) ->
         },
         "speculators_model_type": "eagle3",
         "target_hidden_size": head.target_hidden_size,
+        "torch_dtype": torch_dtype(head),
         "transformer_layer_config": layer_config(head),
     }
 

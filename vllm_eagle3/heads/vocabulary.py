@@ -53,8 +53,10 @@ def read_vocabulary(tensors: "Tensors", size: int | None, vocab_size: int) -> Dr
     limit = vocab_size if target_size is None else target_size
     readings = {OFFSETS: target_ids(d2t, OFFSETS), IDS: target_ids(d2t, IDS)}
     fitting = [form for form, ids in readings.items() if _fits(ids, t2d, limit)]
-    if len(fitting) == 1 or fitting[:1] == [OFFSETS]:
+    if len(fitting) == 1:
         return found(fitting[0])
+    if fitting:
+        return found(None, "d2t may hold offsets or target ids; t2d, which would tell, is missing")
     how = "in [0, V)" if t2d is None else "those that t2d marks"
     return found(None, f"d2t names no set of different target ids {how}: the maps contradict")
 
