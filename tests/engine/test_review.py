@@ -1,6 +1,7 @@
 """Layers and batches of shapes that the other tests of the engine do not have."""
 
 import json
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from tests.engine import tiny
-from tests.engine.engines import Engines, random_prompts, sampling
+from tests.engine.engines import Engines, random_prompts, sampling, tree
 from tests.engine.oracle import Oracle
-from vllm_eagle3.engine import attention
+from tests.engine.test_activation import configure
+from vllm_eagle3.engine import activation, attention, support
 from vllm_eagle3.engine.compat import CommonAttentionMetadata, CPUAttentionBackend
 
 PROMPTS = random_prompts(8, seed=11)
@@ -100,3 +102,17 @@ def test_images_of_the_tail_keep_their_requests():
     tail = attention._tail(common, rows)
     assert tail.mm_req_doc_ranges == {0: [(4, 7)]}
     assert tail.query_start_loc.tolist() == [0, 10]
+
+
+def test_what_the_rows_of_a_tree_would_corrupt_is_refused(pair, monkeypatch):
+    config = configure(pair, tree(pair, 12, depth=3, top_k=4))
+    shape = activation.tree_config(config)
+    support.check(config, shape)
+    with monkeypatch.context() as patch:
+        patch.setattr(config.aux_output_config, "enable_return_routed_experts", True)
+        with pytest.raises(ValueError, match="enable_return_routed_experts: turn it off"):
+            support.check(config, shape)
+    installed = EntryPoint("twist", "package:Twist", "vllm.logits_processors")
+    monkeypatch.setattr(support, "entry_points", lambda group: [installed])
+    with pytest.raises(ValueError, match=r"twist.*uninstall"):
+        support.check(config, shape)

@@ -70,6 +70,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         *_members(
             "vllm.config:VllmConfig",
             "additional_config",
+            "aux_output_config",
             "cache_config",
             "compilation_config",
             "kv_transfer_config",
@@ -82,6 +83,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         ),
         *_members("vllm.config:CacheConfig", "cache_dtype", "kv_sharing_fast_prefill"),
         *_members("vllm.config:CompilationConfig", "static_forward_context"),
+        *_members("vllm.config.aux_output:AuxOutputConfig", "enable_return_routed_experts"),
         *_members(
             "vllm.config:ModelConfig",
             "enable_trace_replay",

@@ -1,6 +1,7 @@
 """What draft trees do not support yet, refused before a request is served."""
 
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from vllm_eagle3.config import TreeConfig
@@ -41,7 +42,7 @@ def _engine_conditions(config: "VllmConfig", tree: TreeConfig) -> Iterator[tuple
     yield (
         dtype not in _KV_CACHE_DTYPES,
         f"kv_cache_dtype={dtype}",
-        "use kv_cache_dtype=auto",
+        "use kv_cache_dtype=bfloat16 (auto follows a quantised checkpoint)",
     )
     yield (
         config.kv_transfer_config is not None,
@@ -52,6 +53,11 @@ def _engine_conditions(config: "VllmConfig", tree: TreeConfig) -> Iterator[tuple
         config.cache_config.kv_sharing_fast_prefill,
         "kv_sharing_fast_prefill",
         "turn it off",
+    )
+    yield (
+        config.aux_output_config.enable_return_routed_experts,
+        "enable_return_routed_experts",
+        "turn it off: its rows are those of all nodes, not of the accepted path",
     )
     scheduler = config.scheduler_config
     rows = max(tree.num_nodes, tree.top_k)
@@ -121,6 +127,13 @@ def _model_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]]:
     yield getattr(model, "rswa_window", None) is not None, "reference sliding windows", remedy
     # They read the tokens before a row from the rows before it, which a tree has in no order.
     yield bool(model.logits_processors), "custom logits_processors", "remove them, or " + remedy
+    # vLLM also loads those of all installed packages.
+    installed = sorted(point.name for point in entry_points(group="vllm.logits_processors"))
+    yield (
+        bool(installed),
+        f"installed logits processors ({', '.join(installed)})",
+        "uninstall the packages that bring them, or " + remedy,
+    )
 
 
 def _check_head(config: "VllmConfig", tree: TreeConfig) -> None:
