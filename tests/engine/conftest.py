@@ -1,17 +1,24 @@
 """One tiny pair of models and one plain engine for all tests of the engine."""
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 
 from tests.engine import tiny
-from tests.engine.engines import Engine, Engines
+from tests.engine.engines import Engine, Engines, close_all
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     """Hundreds of lines of vLLM's log hide a failure's own message."""
     logging.getLogger("vllm").setLevel(logging.ERROR)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _close() -> Iterator[None]:
+    yield
+    close_all()
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,28 @@
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 from tests.engine.tiny import Pair
 
 Tokens = tuple[int, ...]
 
 BLOCK_SIZE = 32
+
+
+_STARTED: list["Engine"] = []
+
+
+def close_all() -> None:
+    """End every engine of the process; there can be none afterwards.
+
+    Not one by one, because vLLM's process groups are shared by all of them, and without the
+    garbage collections that vLLM makes for each, which would take minutes.
+    """
+    with mock.patch("gc.collect"):
+        for engine in _STARTED:
+            engine.llm.llm_engine.engine_core.shutdown()
+    _STARTED.clear()
 
 
 class Engine:
@@ -29,6 +45,7 @@ class Engine:
             "disable_log_stats": False,
         }
         self.llm = LLM(str(pair.target), **{**defaults, **settings})
+        _STARTED.append(self)
 
     @property
     def core(self) -> Any:
@@ -91,8 +108,7 @@ def _request(prompt: Tokens) -> dict[str, list[int]]:
 class Engines:
     """The engines of a test session, one for each configuration.
 
-    They are kept until the process ends: shutting one down would tear down the process groups
-    that vLLM shares between all engines of a process.
+    They are kept, which is cheap; starting one takes seconds.
     """
 
     def __init__(self, pair: Pair) -> None:

@@ -15,7 +15,7 @@ from vllm_eagle3.tree.types import NO_PARENT, DraftTree
 
 SHAPE = {"num_drafts": 10, "depth": 3, "top_k": 3}
 PROMPTS = random_prompts(12, seed=21)
-NUM_TOKENS = 48
+NUM_TOKENS = 32
 FILTERS: list[dict[str, Any]] = [
     {},
     {"top_k": 8},
@@ -26,7 +26,7 @@ FILTERS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"logit_bias": {7: 4.0, 100: 4.0, 250: -100.0}},
     {"allowed_token_ids": list(range(0, 512, 3))},
-    {"min_tokens": 40, "stop_token_ids": list(range(0, 512, 8))},
+    {"min_tokens": 24, "stop_token_ids": list(range(0, 512, 8))},
     {"temperature": 1.5},
     {"temperature": 0.3},
 ]
@@ -62,7 +62,7 @@ def test_seeded_requests_in_a_batch(engines, texts, monkeypatch):
     engine = engines.tree(**SHAPE)
     oracle = knowing(engine, monkeypatch, texts, seed=0)
     assert engine.generate(PROMPTS, PARAMS) == texts
-    assert oracle.count["moved"] > 60
+    assert oracle.count["moved"] > 40
 
 
 def test_a_seeded_request_alone(engines, texts, monkeypatch):
@@ -74,15 +74,15 @@ def test_a_seeded_request_alone(engines, texts, monkeypatch):
 
 
 def test_seeded_requests_under_preemption(engines, texts, monkeypatch):
-    engine = engines.tree(**SHAPE, num_gpu_blocks_override=16)
+    engine = engines.tree(**SHAPE, num_gpu_blocks_override=12)
     oracle = knowing(engine, monkeypatch, texts, seed=2)
     assert engine.generate(PROMPTS, PARAMS) == texts
     assert oracle.count["preempted"] >= 2
-    assert oracle.count["moved"] > 60
+    assert oracle.count["moved"] > 40
 
 
 def test_several_samples_of_a_seeded_prompt(engines, plain, monkeypatch):
-    params = sampling(32, temperature=1.0, seed=5, n=3)
+    params = sampling(20, temperature=1.0, seed=5, n=3)
     prompts = PROMPTS[:3]
     expected = plain.generate(prompts, params)
     assert len(set(expected)) == 9
@@ -110,8 +110,8 @@ def test_noise_keyed_by_row_would_change_seeded_text(engines, texts, monkeypatch
             depths_RN.copy_(true_RN)
 
     monkeypatch.setattr(engine.runner.rejection_sampler, "_verify", by_row)
-    params = [seeded(index, 16) for index in range(6)]
-    assert engine.generate(PROMPTS[:6], params) != [text[:16] for text in texts[:6]]
+    params = [seeded(index, 12) for index in range(4)]
+    assert engine.generate(PROMPTS[:4], params) != [text[:12] for text in texts[:4]]
 
 
 V = 16
