@@ -117,6 +117,17 @@ def test_sliding_window_counts_depth_and_not_rows(impl, window):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_pages_before_the_window_are_not_read(impl):
+    """vLLM frees them; another request's values, or none, may be there."""
+    case = Attention([130], trees(5), window=20)
+    expected = run(case, impl).clone()
+    freed = case.inputs["block_table_BP"][0, : (130 - 20) // case.page].tolist()
+    for cache in ("key_cache", "value_cache"):
+        case.inputs[cache][freed] = float("nan")
+    assert torch.equal(run(case, impl), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("empty", [float("-inf"), float("inf"), NAN])
 def test_every_mark_of_an_empty_prefix(impl, empty):
     case = Attention([0, 12], trees(4, 4))

@@ -37,11 +37,12 @@ def tree_attention_torch(
         prefix_len = prefix_lens[b]
         pages = block_table_BP[b, : -(-prefix_len // block_size)].long()
         mask_QS = _visible(ancestor_bits_T[rows], prefix_len, tree_rows, sliding_window)
-        # [pages * block size, kv heads, D], cut at the prefix: unused rows may hold NaN.
-        key_SHD = torch.cat([key_cache[pages].flatten(0, 1)[:prefix_len], tree_key_SHD[tree_rows]])
-        value_SHD = torch.cat(
-            [value_cache[pages].flatten(0, 1)[:prefix_len], tree_value_SHD[tree_rows]]
-        )
+        # Rows past the prefix and before every window may hold anything, NaN too.
+        first = 0 if sliding_window is None else max(0, prefix_len - sliding_window)
+        mask_QS, used = mask_QS[:, first:], slice(first, prefix_len)
+        # [pages * block size, kv heads, D], cut to what is used.
+        key_SHD = torch.cat([key_cache[pages].flatten(0, 1)[used], tree_key_SHD[tree_rows]])
+        value_SHD = torch.cat([value_cache[pages].flatten(0, 1)[used], tree_value_SHD[tree_rows]])
         scores_HQS = _scores(query_THD[rows], key_SHD, mask_QS, scale, softcap)
         out_THD[rows] = _weighted_sum(_softmax(scores_HQS), value_SHD, out_THD.dtype)
 

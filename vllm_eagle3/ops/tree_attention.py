@@ -44,7 +44,8 @@ def tree_attention(
     buffer that holds all expanded nodes.
 
     Lengths are read on the device; nothing waits for it, except in the torch implementation.
-    Tree keys from ``tree_lens`` on, and cache rows past the prefix, are never read.
+    Tree keys from ``tree_lens`` on, and cache rows past the prefix or before the windows of all
+    rows, are never read.
 
     Args:
         query_THD: ``[T, query heads, D]``, bf16, fp16 or fp32; D at most 256, contiguous.

@@ -92,6 +92,9 @@ def _tree_attention_kernel(
     for first in range(first_position, prefix_len, BLOCK_N):
         position = first + tl.arange(0, BLOCK_N)
         in_prefix = position < prefix_len
+        if HAS_WINDOW:
+            # Pages before every row's window may have been freed and hold another request's.
+            in_prefix = in_prefix & (position >= prefix_len - window)
         page = tl.load(block_table_ptr + position // PAGE, mask=in_prefix, other=0).to(tl.int64)
         key_at = page * key_cache_stride_b + position % PAGE * key_cache_stride_n
         value_at = page * value_cache_stride_b + position % PAGE * value_cache_stride_n
