@@ -1,6 +1,7 @@
 """Layers and batches of shapes that the other tests of the engine do not have."""
 
 import json
+import shutil
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,3 +117,13 @@ def test_what_the_rows_of_a_tree_would_corrupt_is_refused(pair, monkeypatch):
     monkeypatch.setattr(support, "entry_points", lambda group: [installed])
     with pytest.raises(ValueError, match=r"twist.*uninstall"):
         support.check(config, shape)
+
+
+def test_a_head_of_one_hidden_state_is_refused(pair, tmp_path):
+    """vLLM would leave out the fusion and hand the speculator no captured states."""
+    shutil.copytree(pair.head, tmp_path / "head")
+    path = tmp_path / "head" / "config.json"
+    changed = {"eagle_config": {"use_aux_hidden_state": False}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(ValueError, match="use_aux_hidden_state is false"):
+        configure(pair, tree(tiny.Pair(pair.target, path.parent), 12, depth=3, top_k=4))

@@ -138,6 +138,12 @@ def _model_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]]:
 
 def _check_head(config: "VllmConfig", tree: TreeConfig) -> None:
     draft = config.speculative_config.draft_model_config
+    eagle_config = getattr(draft.hf_config, "eagle_config", None) or {}
+    if not eagle_config.get("use_aux_hidden_state", True):
+        raise ValueError(
+            f"speculative model {draft.model} takes one hidden state of the target"
+            " (use_aux_hidden_state is false): trees serve EAGLE-3 heads only"
+        )
     shapes = head.check_files(draft.model)
     if shapes is None:
         tree.check_draft_vocabulary(
