@@ -106,6 +106,8 @@ def test_images_of_the_tail_keep_their_requests():
 
 
 def test_what_the_rows_of_a_tree_would_corrupt_is_refused(pair, monkeypatch):
+    from vllm import envs
+
     config = configure(pair, tree(pair, 12, depth=3, top_k=4))
     shape = activation.tree_config(config)
     support.check(config, shape)
@@ -113,6 +115,12 @@ def test_what_the_rows_of_a_tree_would_corrupt_is_refused(pair, monkeypatch):
         patch.setattr(config.aux_output_config, "enable_return_routed_experts", True)
         with pytest.raises(ValueError, match="enable_return_routed_experts: turn it off"):
             support.check(config, shape)
+    with monkeypatch.context() as patch:
+        patch.setenv("VLLM_BATCH_INVARIANT", "1")
+        envs.disable_envs_cache()
+        with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT: unset it"):
+            support.check(config, shape)
+    envs.disable_envs_cache()
     installed = EntryPoint("twist", "package:Twist", "vllm.logits_processors")
     monkeypatch.setattr(support, "entry_points", lambda group: [installed])
     with pytest.raises(ValueError, match=r"twist.*uninstall"):

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
+from vllm import envs
+
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.engine import head
 
@@ -58,6 +60,11 @@ def _engine_conditions(config: "VllmConfig", tree: TreeConfig) -> Iterator[tuple
         config.aux_output_config.enable_return_routed_experts,
         "enable_return_routed_experts",
         "turn it off: its rows are those of all nodes, not of the accepted path",
+    )
+    yield (
+        envs.VLLM_BATCH_INVARIANT,
+        "VLLM_BATCH_INVARIANT",
+        "unset it: a token's rounding depends on the tree it was verified in",
     )
     scheduler = config.scheduler_config
     rows = max(tree.num_nodes, tree.top_k)
