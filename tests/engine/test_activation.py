@@ -53,6 +53,18 @@ def test_without_a_tree_the_config_is_stock(pair):
     assert configure(pair, None).speculative_config is None
 
 
+@pytest.mark.parametrize("parameter", [{"min_p": 0.1}, {"logit_bias": {3: 1.0}}])
+def test_min_p_and_logit_bias_pass_with_a_tree_only(pair, parameter):
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    params = SamplingParams(**parameter)
+    with_tree = pickle.loads(pickle.dumps(configure(pair, tree(pair, 8, depth=3, top_k=4))))
+    params._validate_spec_decode(with_tree.speculative_config)
+    with pytest.raises(VLLMValidationError, match="not yet supported with speculative"):
+        params._validate_spec_decode(configure(pair, chain(pair, 5)).speculative_config)
+
+
 def test_without_a_tree_the_speculator_is_stock(engines: Engines, pair):
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator

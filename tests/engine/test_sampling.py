@@ -39,14 +39,6 @@ def seeded(index: int, num_tokens: int = NUM_TOKENS) -> Any:
 PARAMS = [seeded(index) for index in range(len(PROMPTS))]
 
 
-@pytest.fixture(autouse=True)
-def _admit_min_p_and_logit_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's front end turns both away from any engine with drafts; the verifier has them."""
-    from vllm import SamplingParams
-
-    monkeypatch.setattr(SamplingParams, "_validate_spec_decode", lambda *args: None)
-
-
 @pytest.fixture(scope="module")
 def texts(plain: Engine) -> list[Tokens]:
     return plain.generate(PROMPTS, PARAMS)

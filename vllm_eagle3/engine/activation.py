@@ -17,6 +17,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 # vLLM's `additional_config` is an official free-form field and pickles to every worker.
 TRANSPORT_KEY = "eagle3_tree"
+# On the speculative config itself, which is all that vLLM's check of a request sees.
+_TREE_MARK = "_eagle3_tree"
 
 
 def create_engine_config(
@@ -50,7 +52,20 @@ def create_engine_config(
     config = tree_config(vllm_config)
     if config is not None:
         support.check(vllm_config, config)
+        setattr(vllm_config.speculative_config, _TREE_MARK, True)
     return vllm_config
+
+
+def validate_spec_decode(
+    original: Callable[..., None], params: Any, speculative_config: Any
+) -> None:
+    """Wraps ``SamplingParams._validate_spec_decode``, which refuses min-p and logit bias.
+
+    vLLM's rejection sampling cannot serve them; a tree's verification draws from the fully
+    processed logits of every node, as plain sampling does.
+    """
+    if not getattr(speculative_config, _TREE_MARK, False):
+        original(params, speculative_config)
 
 
 def init_speculator(

@@ -57,6 +57,9 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         "vllm.plugins:load_general_plugins",
         "vllm.logger:init_logger",
     ),
+    Hook("SamplingParams._validate_spec_decode", "wrapped: min-p and logit bias with a tree"): (
+        "vllm.sampling_params:SamplingParams._validate_spec_decode",
+    ),
     Hook("EngineArgs.create_engine_config", "wrapped: takes the key `tree` out"): (
         *_members(
             "vllm.engine.arg_utils:EngineArgs",

@@ -7,13 +7,14 @@ Every object of vLLM that this project touches:
     3  ``EngineArgs.create_engine_config``          wrapped: takes ``tree`` out of the speculative
                                                     config, carries it in ``additional_config``,
                                                     refuses what trees do not support
-    4  ``EagleSpeculator``                          subclassed (speculator.py)
-    5  ``model.get_model_state_cls``                official, set on the target (speculator.py)
-    6  ``DefaultModelState``                        subclassed (model_state.py)
-    7  attention layers of target and draft         ``attn_backend`` and ``impl`` of each layer
+    4  ``SamplingParams._validate_spec_decode``     wrapped: min-p and logit bias pass with a tree
+    5  ``EagleSpeculator``                          subclassed (speculator.py)
+    6  ``model.get_model_state_cls``                official, set on the target (speculator.py)
+    7  ``DefaultModelState``                        subclassed (model_state.py)
+    8  attention layers of target and draft         ``attn_backend`` and ``impl`` of each layer
                                                     rebound after loading (attention.py)
-    8  ``RejectionSampler``                         subclassed (verifier.py)
-    9  ``topk_topp_sampler.HAS_TRITON``,            under Triton's interpreter only: torch in
+    9  ``RejectionSampler``                         subclassed (verifier.py)
+   10  ``topk_topp_sampler.HAS_TRITON``,            under Triton's interpreter only: torch in
        ``sampler.gumbel_sample``                    place of two kernels (interpreter.py)
 
 Wrapped functions call the original whenever the config asks for no tree.
@@ -29,7 +30,7 @@ _MARK = "_vllm_eagle3_original"
 
 
 def register() -> None:
-    """Install the two wrappers. Idempotent; called by vLLM in each of its processes.
+    """Install the wrappers. Idempotent; called by vLLM in each of its processes.
 
     Importing Model Runner V2 here would initialise too much in the API server, so it is
     patched only where it is imported already; elsewhere it will find the wrapper.
@@ -40,6 +41,7 @@ def register() -> None:
     try:
         import vllm.v1.worker.gpu.spec_decode as spec_decode
         from vllm.engine.arg_utils import EngineArgs
+        from vllm.sampling_params import SamplingParams
 
         from vllm_eagle3.engine import activation, interpreter
     except ImportError as error:
@@ -53,6 +55,7 @@ def register() -> None:
     if interpreter.is_prepared():
         interpreter.avoid_kernels_it_cannot_run()
     _wrap(EngineArgs, "create_engine_config", activation.create_engine_config)
+    _wrap(SamplingParams, "_validate_spec_decode", activation.validate_spec_decode)
     _wrap(spec_decode, "init_speculator", activation.init_speculator)
     runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
     if runner is not None:
