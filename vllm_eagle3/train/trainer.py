@@ -266,7 +266,8 @@ class _Trainer:
 
     def _card(self) -> str:
         facts = {
-            "target": self.target_name,
+            # The name alone: a card is shared, a path is this machine's.
+            "target": Path(self.target_name).name,
             "documents": len(self.documents),
             "tokens": sum(len(d.tokens) for d in self.documents),
             "assistant_tokens": int(sum(d.assistant.sum() for d in self.documents)),
