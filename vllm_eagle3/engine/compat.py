@@ -18,7 +18,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+# As plain sampling sees it, so that both draw alike; `interpreter.py` may have replaced it.
+from vllm.v1.worker.gpu.sample.sampler import gumbel_sample
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler

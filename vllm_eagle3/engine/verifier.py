@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from vllm_eagle3 import ops
-from vllm_eagle3.engine import interpreter
 from vllm_eagle3.engine.compat import NO_LOGPROBS, RejectionSampler, gumbel_sample
 from vllm_eagle3.tree.types import TreeBuffers
 
@@ -65,7 +64,17 @@ class TreeRejectionSampler(RejectionSampler):
             expanded_local_pos,
             seq_lens_upper_bound_np,
         )
-        drawn = self._draw(processed, expanded_idx_mapping, idx_mapping_np, pos)
+        states = self.sampler.sampling_states
+        drawn = gumbel_sample(
+            processed,
+            expanded_idx_mapping,
+            states.temperature.gpu,
+            states.seeds.gpu,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=self.sampler.use_fp64_gumbel,
+        )
         sampled, num_sampled = ops.verify_tree(
             drawn,
             verify_draft_sampled,
@@ -78,30 +87,6 @@ class TreeRejectionSampler(RejectionSampler):
         )
         self._idx_mapping = idx_mapping
         return processed, sampled, num_sampled
-
-    def _draw(
-        self,
-        processed: torch.Tensor,
-        expanded_idx_mapping: torch.Tensor,
-        idx_mapping_np: np.ndarray,
-        pos: torch.Tensor,
-    ) -> torch.Tensor:
-        """One token [L] from each row of processed logits, as vLLM's plain sampling draws it."""
-        states = self.sampler.sampling_states
-        if interpreter.is_prepared() and not states.temperature.np[idx_mapping_np].any():
-            # The kernel is the larger part of an interpreted step; on a GPU it is kept even for
-            # greedy rows, so that ties fall as they do without speculation.
-            return processed.argmax(dim=-1)
-        return gumbel_sample(
-            processed,
-            expanded_idx_mapping,
-            states.temperature.gpu,
-            states.seeds.gpu,
-            pos,
-            apply_temperature=False,
-            is_drafting=False,
-            use_fp64=self.sampler.use_fp64_gumbel,
-        )
 
     def _get_logprobs_tensors(
         self,
