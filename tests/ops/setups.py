@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLS = ("torch", "triton")
+IMPLS = ("torch", "triton")  # of every operation
+ALL_IMPLS = (*IMPLS, "extension")
 NAN = float("nan")
 
 

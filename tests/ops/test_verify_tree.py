@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tests.ops.setups import DEVICE, IMPLS, Batch, int32, int64, mixed_batch, random_parents
+from tests.ops.setups import ALL_IMPLS, DEVICE, Batch, int32, int64, mixed_batch, random_parents
 from vllm_eagle3.ops import verify_tree
 
 
@@ -63,7 +63,7 @@ def check(batch, parents, target, draft, impl, draft_dtype=torch.int64, columns=
     return lengths
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize("draft_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("num_nodes", [2, 9, 33, 64])
 def test_mixed_batch(impl, num_nodes, draft_dtype):
@@ -79,7 +79,7 @@ def test_mixed_batch(impl, num_nodes, draft_dtype):
     assert min(lengths) == 1
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 def test_a_whole_chain_of_64(impl):
     batch = Batch([0], [0], [64])
     target = [100 + i for i in range(64)]
@@ -87,7 +87,7 @@ def test_a_whole_chain_of_64(impl):
     assert lengths == [64]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 def test_large_token_ids_and_fewer_columns(impl):
     batch = Batch([1, 0], [0, 0], [3, 1])
     parents = [[-1, 0, 1, 2, 3], [-1, 0, 0, 1, 1]]
@@ -95,7 +95,7 @@ def test_large_token_ids_and_fewer_columns(impl):
     assert check(batch, parents, [big, 4, 5, 6], [0, 1, big, 9], impl, columns=3) == [2, 1]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 def test_outputs_are_new_each_time(impl):
     """The last step's are still being copied to the host when the next step runs."""
     slots, logits = int64([0]), int32([0, 2])

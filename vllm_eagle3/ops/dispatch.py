@@ -4,26 +4,45 @@ from typing import Literal
 
 import torch
 
-Impl = Literal["auto", "torch", "triton"]
+from vllm_eagle3.ops import extension
+
+Impl = Literal["auto", "torch", "triton", "extension"]
+Kernel = Literal["triton", "extension"]
 
 
-def resolve(impl: Impl, device: torch.device) -> Literal["torch", "triton"]:
+def resolve(
+    impl: Impl, device: torch.device, kernels: tuple[Kernel, ...] = ("triton",)
+) -> Literal["torch", "triton", "extension"]:
     """The implementation to run for tensors on ``device``.
 
-    ``auto`` is Triton on a GPU and torch elsewhere: Triton's interpreter, the only way to
-    run its kernels without a GPU, is for tests.
+    ``auto`` is torch where there is no GPU: Triton's interpreter, the only way to run its
+    kernels there, is for tests.
+
+    Args:
+        impl: what the caller asked for.
+        device: where the tensors are.
+        kernels: what the operation has besides torch, the fastest first.
 
     Raises:
-        ValueError: an unknown name, or ``triton`` where its kernels cannot run.
+        ValueError: an unknown name, one that the operation does not have, or one that cannot
+            run here.
     """
     if impl == "auto":
-        return "triton" if device.type == "cuda" else "torch"
-    if impl not in ("torch", "triton"):
-        raise ValueError(f'impl must be "auto", "torch" or "triton", got {impl!r}')
+        if device.type != "cuda":
+            return "torch"
+        return next((k for k in kernels if k != "extension" or extension.load()), "torch")
+    if impl != "torch" and impl not in kernels:
+        names = ", ".join(f'"{name}"' for name in ("auto", "torch", *kernels))
+        raise ValueError(f"impl must be one of {names}, got {impl!r}")
     if impl == "triton" and device.type != "cuda" and not interpreted():
         raise ValueError(
             f'impl="triton" cannot run on {device.type} tensors: use impl="auto", or set '
             "TRITON_INTERPRET=1 before triton is imported to test the kernels without a GPU"
+        )
+    if impl == "extension" and not extension.load():
+        raise ValueError(
+            'impl="extension" needs the CUDA extension, which is not in this installation: '
+            f'use impl="auto", or {extension.REMEDY}'
         )
     return impl
 

@@ -75,7 +75,10 @@ def verify_tree(
     )
     tokens_BN = torch.empty(batch, num_nodes, dtype=torch.int64, device=parents_RN.device)
     num_sampled_B = torch.empty(batch, dtype=torch.int32, device=parents_RN.device)
-    if resolve(impl, parents_RN.device) == "triton":
+    chosen = resolve(impl, parents_RN.device, ("extension", "triton"))
+    if chosen == "extension":
+        run = torch.ops.vllm_eagle3.verify_tree
+    elif chosen == "triton":
         from vllm_eagle3.ops.kernels.verify_tree import launch as run
     else:
         run = _verify_tree_torch
