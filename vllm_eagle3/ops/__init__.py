@@ -5,9 +5,11 @@ Each operation checks its arguments and then runs the implementation that ``impl
 """
 
 from vllm_eagle3.ops.accepted_row_index import accepted_row_index
+from vllm_eagle3.ops.build_tree import build_tree
 from vllm_eagle3.ops.compact_kv import KVCacheTable, compact_kv
 from vllm_eagle3.ops.dispatch import Impl
 from vllm_eagle3.ops.draft_topk import draft_topk
+from vllm_eagle3.ops.expand_tree import expand_tree
 from vllm_eagle3.ops.gather_tree_rows import gather_tree_rows
 from vllm_eagle3.ops.tree_attention import finish_tree_attention, tree_attention
 from vllm_eagle3.ops.verify_tree import verify_tree
@@ -16,8 +18,10 @@ __all__ = [
     "Impl",
     "KVCacheTable",
     "accepted_row_index",
+    "build_tree",
     "compact_kv",
     "draft_topk",
+    "expand_tree",
     "finish_tree_attention",
     "gather_tree_rows",
     "tree_attention",

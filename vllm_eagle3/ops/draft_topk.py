@@ -2,33 +2,69 @@
 
 import torch
 
-from vllm_eagle3.ops.dispatch import check
+from vllm_eagle3.ops.dispatch import Impl, check, check_same_device, check_vector, resolve
+
+MAX_K = 16  # of the compiled kernel; "auto" runs torch beyond
+_LOGITS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def draft_topk(logits_MV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest log-probabilities of each row, falling, and their token ids.
+def draft_topk(
+    logits_MV: torch.Tensor,
+    k: int,
+    offsets_V: torch.Tensor | None = None,
+    *,
+    impl: Impl = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest log-probabilities of each row, falling, and the tokens they belong to.
 
-    The log-softmax at temperature 1 is taken in float32 and of the k chosen logits only.
-    Equal inputs give equal outputs on one device, ties included.
+    The log-softmax at temperature 1 is taken in float32. Equal inputs give equal outputs on
+    one device. Among equal logits, the compiled kernel takes the lower id first; torch takes
+    any.
+
+    A row that holds NaN or +inf, or -inf only, has NaN for all its log-probabilities, and some
+    k different tokens.
 
     Args:
-        logits_MV: float, over the draft vocabulary.
-        k: children for each row, at most V.
+        logits_MV: float, over the draft vocabulary; its rows may be further apart than V.
+        k: children for each row, at most V; at most 16 with ``impl="extension"``.
+        offsets_V: int64 target token minus draft id of each draft id, EAGLE-3's ``d2t``;
+            the ids themselves are the tokens where not given.
 
     Returns:
-        log-probabilities ``[M, k]`` float32; ids in the draft vocabulary ``[M, k]`` int64.
+        log-probabilities ``[M, k]`` float32; tokens ``[M, k]`` int64.
 
     Raises:
-        ValueError: logits that are not a float matrix, or k out of range.
+        ValueError: logits that are not a float matrix, k out of range, or offsets of another
+            type, length or device.
     """
     check(
         logits_MV.dim() == 2 and logits_MV.is_floating_point(),
         f"logits_MV must be a float matrix, got {logits_MV.dtype} {tuple(logits_MV.shape)}",
     )
+    vocabulary = logits_MV.shape[1]
     check(
-        1 <= k <= logits_MV.shape[1],
-        f"k must be between 1 and the vocabulary of {logits_MV.shape[1]}, got {k}",
+        1 <= k <= vocabulary,
+        f"k must be between 1 and the vocabulary of {vocabulary}, got {k}",
     )
-    best_MK, ids_MK = logits_MV.topk(k, dim=1)
-    total_M1 = logits_MV.float().logsumexp(dim=1, keepdim=True)
-    return best_MK.float() - total_M1, ids_MK
+    if offsets_V is not None:
+        check_vector("offsets_V", offsets_V, vocabulary, torch.int64)
+        check_same_device(logits_MV=logits_MV, offsets_V=offsets_V)
+    chosen = resolve(impl, logits_MV.device, ())
+    if chosen == "extension":
+        if k <= MAX_K and logits_MV.dtype in _LOGITS and logits_MV.stride(1) == 1:
+            return torch.ops.vllm_eagle3.draft_topk(logits_MV, k, offsets_V)
+        check(
+            impl == "auto",
+            f'impl="extension" takes at most {MAX_K} children of bfloat16, float16 or float32 '
+            f"logits with contiguous rows, got k={k}, {logits_MV.dtype} and strides "
+            f'{logits_MV.stride()}: use impl="auto"',
+        )
+    return _draft_topk_torch(logits_MV, k, offsets_V)
+
+
+def _draft_topk_torch(
+    logits_MV: torch.Tensor, k: int, offsets_V: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids_MK = logits_MV.topk(k, dim=1).indices
+    log_probs_MK = logits_MV.log_softmax(dim=1, dtype=torch.float32).gather(1, ids_MK)
+    return log_probs_MK, ids_MK if offsets_V is None else ids_MK + offsets_V[ids_MK]

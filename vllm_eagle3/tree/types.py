@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_eagle3.config import TreeConfig
+
 NO_PARENT = -1  # of the root, and of a detached node, which nothing ever accepts
 
 
@@ -85,3 +87,36 @@ class TreeBuffers:
         self.scores_RN = full(0.0, torch.float32, max_num_reqs, num_nodes)
         self.path_RN = full(0, torch.int32, max_num_reqs, num_nodes)
         self.path_len_R = full(1, torch.int32, max_num_reqs)
+
+
+class GrowthBuffers:
+    """What one drafting round carries from level to level, at fixed device addresses.
+
+    Row b belongs to request b of the running batch, not to a slot. A CUDA graph of the round
+    reads and writes these tensors; nothing in them outlives the round.
+
+    Attributes:
+        tokens_BC, scores_BC, parents_BC: int64, float32, int32; the pool of candidates in the
+            order in which they are offered, the children of level 1 first. A parent is a
+            pool index, or ``NO_PARENT`` below the root.
+        frontier_scores_BK: float32; the nodes that the draft expands next, scores falling.
+        frontier_index_BK: int32 pool index.
+        frontier_bits_BK: int64 ancestor bits over the expanded nodes, as in
+            :class:`~vllm_eagle3.tree.expand.Expansion`.
+        frontier_row_BK: int64; row of the last draft forward that holds the state of the
+            node's parent: b at level 1, ``b * K + k`` below.
+    """
+
+    def __init__(self, max_batch: int, config: TreeConfig, device: torch.device) -> None:
+        C, K = config.num_candidates, config.top_k
+
+        def zeros(dtype: torch.dtype, columns: int) -> torch.Tensor:
+            return torch.zeros(max_batch, columns, dtype=dtype, device=device)
+
+        self.tokens_BC = zeros(torch.int64, C)
+        self.scores_BC = zeros(torch.float32, C)
+        self.parents_BC = zeros(torch.int32, C)
+        self.frontier_scores_BK = zeros(torch.float32, K)
+        self.frontier_index_BK = zeros(torch.int32, K)
+        self.frontier_bits_BK = zeros(torch.int64, K)
+        self.frontier_row_BK = zeros(torch.int64, K)
