@@ -4,6 +4,24 @@
 
 STABLE_TORCH_LIBRARY(vllm_eagle3, library) {
   library.def(
+      "accepted_row_index(Tensor path_RN, Tensor path_len_R, Tensor idx_mapping_B, "
+      "Tensor query_start_loc_B1, Tensor cu_num_logits_B1, Tensor(a!) index_T, "
+      "Tensor(b!)? token_ids_T) -> ()");
+  // The layout holds the addresses of the caches, and stands for what is written there.
+  library.def(
+      "compact_kv(Tensor(a!) layout_L6, Tensor num_words_L, Tensor num_heads_L, int max_heads, "
+      "int word_bytes, int vector_bytes, Tensor slot_mappings_GT, Tensor path_RN, "
+      "Tensor path_len_R, Tensor idx_mapping_B, Tensor query_start_loc_B1, "
+      "Tensor cu_num_logits_B1) -> ()");
+  library.def(
+      "fuse_features(Tensor[] states, Tensor? index_T, Tensor[] norm_weights, float eps, "
+      "Tensor(a!) out_TF) -> ()");
+  library.def(
+      "gather_tree_rows(Tensor ancestor_bits_RN, Tensor depths_RN, Tensor idx_mapping_B, "
+      "Tensor query_start_loc_B1, Tensor cu_num_logits_B1, Tensor linear_positions_T, "
+      "Tensor(a!) out_bits_T, Tensor(b!) out_positions_T, Tensor(c!) out_prefix_lens_B, "
+      "Tensor seq_lens_B) -> ()");
+  library.def(
       "verify_tree(Tensor target_tokens_L, Tensor draft_tokens_L, Tensor parents_RN, "
       "Tensor idx_mapping_B, Tensor cu_num_logits_B1, Tensor(a!) path_RN, "
       "Tensor(b!) path_len_R, Tensor(c!) tokens_BN, Tensor(d!) num_sampled_B) -> ()");

@@ -1,7 +1,8 @@
 // From torch's tensors to the plain pointers of ops.h, on the stable ABI.
 //
 // The Python entrances check arguments and name them in their errors. The checks here are for
-// whoever calls torch.ops.vllm_eagle3 directly: nothing out of bounds, no wrong type.
+// whoever calls torch.ops.vllm_eagle3 directly: types, devices, layouts and sizes. What the
+// tensors hold (slots, row numbers, addresses) is trusted.
 
 #pragma once
 
@@ -38,6 +39,29 @@ class Call {
     STD_TORCH_CHECK(is_int64 || tensor.scalar_type() == ScalarType::Int, op_, ": wrong dtype of ",
                     name);
     return {raw(tensor, name, num_elements), is_int64};
+  }
+
+  BatchRows batch_rows(const Tensor& idx_mapping, const Tensor& query_start_loc,
+                       const Tensor& cu_num_logits) const {
+    const int64_t num_reqs = idx_mapping.numel();
+    return {
+        integers(idx_mapping, "idx_mapping", num_reqs),
+        data<const int32_t>(query_start_loc, "query_start_loc", num_reqs + 1),
+        data<const int32_t>(cu_num_logits, "cu_num_logits", num_reqs + 1),
+        static_cast<int>(num_reqs),
+    };
+  }
+
+  Paths paths(const Tensor& path, const Tensor& path_len) const {
+    const int64_t num_slots = path.size(0);
+    const int64_t num_nodes = path.size(1);
+    STD_TORCH_CHECK(num_nodes <= kMaxNodes, op_, ": a tree has at most ", kMaxNodes, " nodes");
+    return {
+        data<const int32_t>(path, "path", num_slots * num_nodes),
+        data<const int32_t>(path_len, "path_len", num_slots),
+        static_cast<int>(num_slots),
+        static_cast<int>(num_nodes),
+    };
   }
 
   void* raw(const Tensor& tensor, const char* name, int64_t num_elements) const {

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from tests.ops.setups import DEVICE, IMPLS, Batch, int32, int64, mixed_batch, random_paths
+from tests.ops.setups import ALL_IMPLS, DEVICE, Batch, int32, int64, mixed_batch, random_paths
 from vllm_eagle3.ops import KVCacheTable, compact_kv
 
 
@@ -49,7 +49,7 @@ def check(layers, slot_mappings, batch, path_RN, path_len_R, paths, impl):
         assert torch.equal(cache, after)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8, torch.float16])
 @pytest.mark.parametrize("seed", range(2))
 def test_layers_groups_and_layouts(impl, dtype, seed):
@@ -69,7 +69,7 @@ def test_layers_groups_and_layouts(impl, dtype, seed):
     check(layers, slot_mappings, batch, path_RN, path_len_R, paths, impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 def test_groups_that_overlay_one_allocation(impl):
     """As vLLM lays out full and sliding-window layers: one cache, blocks of either group."""
     batch = Batch([0], [0], [5])
@@ -94,7 +94,7 @@ def test_groups_that_overlay_one_allocation(impl):
     assert torch.equal(cache, expected)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize("content", [1, 2, 3, 6, 20])
 def test_any_word_size(impl, content):
     batch = Batch([0], [0], [5])
@@ -104,7 +104,7 @@ def test_any_word_size(impl, content):
     check(layers, [[5, 33, 17, 2, 9]], batch, *rows, [path], impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 def test_every_path_through_five_nodes(impl):
     """Source of one move and destination of another, in all ways there are."""
     paths = [[0, *(n for n in range(1, 5) if bits >> (n - 1) & 1)] for bits in range(16)]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.ops.setups import (
+    ALL_IMPLS,
     DEVICE,
-    IMPLS,
     ancestors,
     cumulative,
     int32,
@@ -59,7 +59,7 @@ def run(batch, parents, prefixes, impl, room=0):
     return out_bits, out_positions, out_prefix_lens
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 @pytest.mark.parametrize(("seed", "num_nodes"), [(0, 2), (1, 9), (2, 16), (3, 33), (4, 64)])
 def test_mixed_batch(impl, seed, num_nodes):
     batch = mixed_batch(seed, num_slots=9, num_nodes=num_nodes)
@@ -74,7 +74,7 @@ def test_mixed_batch(impl, seed, num_nodes):
     assert prefix_lens.tolist() == [*expected, 0, 0, 0]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ALL_IMPLS)
 def test_first_token_of_a_sequence(impl):
     batch = mixed_batch(5, num_slots=8, num_nodes=4)
     parents = [random_parents(slot, 4) for slot in range(8)]

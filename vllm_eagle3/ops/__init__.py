@@ -10,6 +10,7 @@ from vllm_eagle3.ops.compact_kv import KVCacheTable, compact_kv
 from vllm_eagle3.ops.dispatch import Impl
 from vllm_eagle3.ops.draft_topk import draft_topk
 from vllm_eagle3.ops.expand_tree import expand_tree
+from vllm_eagle3.ops.fuse_features import fuse_features
 from vllm_eagle3.ops.gather_tree_rows import gather_tree_rows
 from vllm_eagle3.ops.tree_attention import finish_tree_attention, tree_attention
 from vllm_eagle3.ops.verify_tree import verify_tree
@@ -23,6 +24,7 @@ __all__ = [
     "draft_topk",
     "expand_tree",
     "finish_tree_attention",
+    "fuse_features",
     "gather_tree_rows",
     "tree_attention",
     "verify_tree",

@@ -13,6 +13,7 @@ def accepted_row_index(
     cu_num_logits_B1: torch.Tensor,
     num_tokens: int,
     *,
+    token_ids_T: torch.Tensor | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor:
     """Index with which ``rows.index_select(0, index)`` puts the accepted path first.
@@ -27,6 +28,8 @@ def accepted_row_index(
         query_start_loc_B1: int32 first row of each request, and the end.
         cu_num_logits_B1: int32 cumulative rows of logits.
         num_tokens: rows of the batch, padding included (T).
+        token_ids_T: int32 or int64 for each row, reordered by the index in place. It may end
+            with the last request's rows, and may go on past T.
 
     Returns:
         int64 ``[T]``.
@@ -40,18 +43,33 @@ def accepted_row_index(
     check_vector("idx_mapping_B", idx_mapping_B, 1, torch.int32, torch.int64)
     check_vector("query_start_loc_B1", query_start_loc_B1, batch + 1, torch.int32)
     check_vector("cu_num_logits_B1", cu_num_logits_B1, batch + 1, torch.int32)
+    tensors = (path_RN, path_len_R, idx_mapping_B, query_start_loc_B1, cu_num_logits_B1)
+    token_ids = {}
+    if token_ids_T is not None:
+        check_vector("token_ids_T", token_ids_T, 0, torch.int32, torch.int64)
+        token_ids["token_ids_T"] = token_ids_T
     check_same_device(
         path_RN=path_RN,
         path_len_R=path_len_R,
         idx_mapping_B=idx_mapping_B,
         query_start_loc_B1=query_start_loc_B1,
         cu_num_logits_B1=cu_num_logits_B1,
+        **token_ids,
     )
-    if resolve(impl, path_RN.device) == "triton":
+    chosen = resolve(impl, path_RN.device, ("extension", "triton"))
+    if chosen == "extension":
+        index_T = torch.empty(num_tokens, dtype=torch.int64, device=path_RN.device)
+        torch.ops.vllm_eagle3.accepted_row_index(*tensors, index_T, token_ids_T)
+        return index_T
+    if chosen == "triton":
         from vllm_eagle3.ops.kernels.accepted_row_index import launch as run
     else:
         run = _accepted_row_index_torch
-    return run(path_RN, path_len_R, idx_mapping_B, query_start_loc_B1, cu_num_logits_B1, num_tokens)
+    index_T = run(*tensors, num_tokens)
+    if token_ids_T is not None:
+        ids_T = token_ids_T[:num_tokens]
+        ids_T.copy_(ids_T[index_T[: ids_T.shape[0]]])
+    return index_T
 
 
 def _accepted_row_index_torch(

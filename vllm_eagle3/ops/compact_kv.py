@@ -31,6 +31,7 @@ class KVCacheTable:
         layout_L6: int64 on the device, for each layer: address, strides of block, head and
             token in words, block size, group.
         word_bytes: bytes of one word: the widest that divides every address, stride and row.
+        vector_bytes: 16 where that divides them, too; else the bytes of a word.
         num_words: words of one head's entry for one token, the most of all layers.
         num_words_L: the same for each layer, int32 on the device.
         num_heads_L: KV heads of each layer, int32 on the device.
@@ -41,6 +42,7 @@ class KVCacheTable:
 
     layout_L6: torch.Tensor
     word_bytes: int
+    vector_bytes: int
     num_words: int
     num_words_L: torch.Tensor
     num_heads_L: torch.Tensor
@@ -99,6 +101,7 @@ class KVCacheTable:
         return cls(
             layout_L6=torch.tensor(layout, dtype=torch.int64, device=device),
             word_bytes=word_bytes,
+            vector_bytes=16 if all(_is_divisible(cache, 16) for cache, _ in caches) else word_bytes,
             num_words=max(num_words),
             num_words_L=torch.tensor(num_words, dtype=torch.int32, device=device),
             num_heads_L=torch.tensor(num_heads, dtype=torch.int32, device=device),
@@ -195,7 +198,10 @@ def compact_kv(
         query_start_loc_B1=query_start_loc_B1,
         cu_num_logits_B1=cu_num_logits_B1,
     )
-    if resolve(impl, path_RN.device) == "triton":
+    chosen = resolve(impl, path_RN.device, ("extension", "triton"))
+    if chosen == "extension":
+        run = _compact_kv_extension
+    elif chosen == "triton":
         from vllm_eagle3.ops.kernels.compact_kv import launch as run
     else:
         check(bool(table.layers), 'impl="torch" compacts KV caches on the CPU only')
@@ -208,6 +214,18 @@ def compact_kv(
         idx_mapping_B,
         query_start_loc_B1,
         cu_num_logits_B1,
+    )
+
+
+def _compact_kv_extension(table: KVCacheTable, *tensors: torch.Tensor) -> None:
+    torch.ops.vllm_eagle3.compact_kv(
+        table.layout_L6,
+        table.num_words_L,
+        table.num_heads_L,
+        table.num_heads,
+        table.word_bytes,
+        table.vector_bytes,
+        *tensors,
     )
 
 

@@ -16,7 +16,7 @@ REMEDY = (
     "`pip install --no-build-isolation -e .`, in an environment that has torch >= 2.11, "
     "setuptools >= 77 and nvcc"
 )
-OPS = ("verify_tree",)
+OPS = ("accepted_row_index", "compact_kv", "fuse_features", "gather_tree_rows", "verify_tree")
 
 
 @cache

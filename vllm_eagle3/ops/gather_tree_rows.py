@@ -88,7 +88,10 @@ def gather_tree_rows(
         out_prefix_lens_B,
         seq_lens_B,
     )
-    if resolve(impl, idx_mapping_B.device) == "triton":
+    chosen = resolve(impl, idx_mapping_B.device, ("extension", "triton"))
+    if chosen == "extension":
+        torch.ops.vllm_eagle3.gather_tree_rows(*tensors)
+    elif chosen == "triton":
         from vllm_eagle3.ops.kernels.gather_tree_rows import launch
 
         launch(*tensors)
