@@ -15,7 +15,7 @@ import torch
 from tests.engine.engines import Engine, Tokens
 from vllm_eagle3.tree import mask
 from vllm_eagle3.tree.chain import best_chain
-from vllm_eagle3.tree.types import NO_PARENT, DraftTree
+from vllm_eagle3.tree.types import NO_PARENT, DraftTree, GrowthBuffers
 
 
 class Oracle:
@@ -65,23 +65,23 @@ class Oracle:
                 return known[len(text) : len(text) + self._max_true]
         return ()
 
-    def _publish_oracle(self, drafted: DraftTree, reqs: slice) -> None:
-        slots = self._speculator.idx_mapping[reqs].tolist()
-        num_nodes = drafted.tokens_BN.shape[1]
-        texts = [text_so_far(self._states, slot) for slot in slots]
-        for row, text in enumerate(texts):
-            fields = {name: value[row].clone() for name, value in vars(drafted).items()}
-            self.drafted[text] = fields
-        rows = [self._random_tree(text, num_nodes) for text in texts]
-        tree = draft_tree([tokens for tokens, _ in rows], [parents for _, parents in rows])
-        chain_rows_B = self._speculator._chain_rows_B
-        if chain_rows_B is not None:
-            chain_rows_B = chain_rows_B[reqs]
-            chain = best_chain(tree, num_nodes - 1)
-            for row in chain_rows_B[reqs].nonzero()[:, 0].tolist():
-                for name in vars(tree):
-                    getattr(tree, name)[row] = getattr(chain, name)[row]
-        self._publish(tree, reqs)
+    def _publish_oracle(self, growth: GrowthBuffers, reqs: slice, level: int) -> None:
+        self._publish(growth, reqs, level)
+        speculator, buffers = self._speculator, self._speculator.tree.buffers
+        num_nodes = buffers.tokens_RN.shape[1]
+        for row, slot in enumerate(speculator.idx_mapping[reqs].tolist(), start=reqs.start):
+            if slot < 0:  # padded and dummy rows
+                continue
+            text = text_so_far(self._states, slot)
+            self.drafted[text] = {
+                name: getattr(buffers, f"{name[:-2]}RN")[slot].clone()
+                for name in DraftTree.__annotations__
+            }
+            tokens, parents = self._random_tree(text, num_nodes)
+            tree = draft_tree([tokens], [parents])
+            if speculator.tree.chain_only_R[slot]:
+                tree = best_chain(tree, num_nodes - 1)
+            put_tree(speculator, row, slot, tree)
 
     def _random_tree(self, text: Tokens, num_nodes: int) -> tuple[list[int], list[int]]:
         future = self.continuation(text)
@@ -103,7 +103,7 @@ class Oracle:
                 parents.append(self._rng.randrange(node))
         return tokens, parents
 
-    def _count_commit(self, batch: Any, hidden: torch.Tensor) -> torch.Tensor:
+    def _count_commit(self, batch: Any, num_rows: int) -> torch.Tensor:
         buffers = self._speculator.tree.buffers
         drafts = batch.num_draft_tokens_per_req
         for row, slot in enumerate(batch.idx_mapping_np.tolist()):
@@ -122,7 +122,7 @@ class Oracle:
             self.lengths[num_drafts] += 1
         prompts = (drafts == 0) & (batch.num_scheduled_tokens > 1)
         self.count["mixed"] += bool(prompts.any())
-        return self._commit(batch, hidden)
+        return self._commit(batch, num_rows)
 
     def _count_preempt(self, *args: Any, **kwargs: Any) -> None:
         self.count["preempted"] += 1
@@ -135,6 +135,13 @@ def text_so_far(req_states: Any, slot: int) -> Tokens:
         return ()
     length = int(req_states.total_len.gpu[slot])
     return tuple(req_states.all_token_ids.gpu[slot, :length].tolist())
+
+
+def put_tree(speculator: Any, row: int, slot: int, tree: DraftTree) -> None:
+    """Draft the only tree of ``tree`` for the request at ``row`` of the batch."""
+    for name, values in vars(tree).items():
+        getattr(speculator.tree.buffers, f"{name[:-2]}RN")[slot] = values[0]
+    speculator.draft_tokens[row] = tree.tokens_BN[0, 1:]
 
 
 def draft_tree(tokens: list[list[int]], parents: list[list[int]]) -> DraftTree:

@@ -56,7 +56,7 @@ def accepting_chains(engine: Engine, monkeypatch: Any) -> set[int]:
     def look(batch: Any, *args: Any) -> Any:
         for slot in batch.idx_mapping_np[batch.num_draft_tokens_per_req > 0].tolist():
             parents = tree.buffers.parents_RN[slot].tolist()
-            if tree.chain_only[slot]:
+            if tree.chain_only_R[slot]:
                 drafted = next((i for i in range(1, 11) if parents[i] == NO_PARENT), 11)
                 assert parents[:drafted] == list(range(NO_PARENT, drafted - 1))
                 if tree.buffers.path_len_R[slot] > 1:

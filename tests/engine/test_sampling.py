@@ -9,9 +9,9 @@ import torch
 from tests.chi_square import count_pairs, count_tokens, is_drawn_from
 from tests.engine import tiny
 from tests.engine.engines import Engine, Engines, Tokens, random_prompts, sampling
-from tests.engine.oracle import Oracle, draft_tree, text_so_far
+from tests.engine.oracle import Oracle, draft_tree, put_tree, text_so_far
 from vllm_eagle3 import ops
-from vllm_eagle3.tree.types import NO_PARENT, DraftTree
+from vllm_eagle3.tree.types import NO_PARENT, GrowthBuffers
 
 SHAPE = {"num_drafts": 10, "depth": 3, "top_k": 3}
 PROMPTS = random_prompts(12, seed=21)
@@ -149,14 +149,15 @@ def small_engine(small_engines, exact, monkeypatch) -> Engine:
             return [0, 0]
         return exact[len(text)][text].topk(2).indices.tolist()
 
-    def publish_favourites(drafted: DraftTree, reqs: slice) -> None:
-        slots = speculator.idx_mapping[reqs].tolist()
-        texts = [text_so_far(states, slot)[len(PROMPT) :] for slot in slots]
-        tokens = []
-        for text in texts:
+    def publish_favourites(growth: GrowthBuffers, reqs: slice, level: int) -> None:
+        publish(growth, reqs, level)
+        for row, slot in enumerate(speculator.idx_mapping[reqs].tolist(), start=reqs.start):
+            if slot < 0:
+                continue
+            text = text_so_far(states, slot)[len(PROMPT) :]
             best, second = favourites(text)
-            tokens.append([0, best, second, favourites((*text, best))[0]])
-        publish(draft_tree(tokens, [[NO_PARENT, 0, 0, 1]] * len(tokens)), reqs)
+            tokens = [0, best, second, favourites((*text, best))[0]]
+            put_tree(speculator, row, slot, draft_tree([tokens], [[NO_PARENT, 0, 0, 1]]))
 
     monkeypatch.setattr(speculator, "_publish", publish_favourites)
     return engine

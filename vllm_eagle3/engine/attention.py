@@ -39,11 +39,14 @@ class TreeMetadata:
         tree: the leading rows, which attend by ancestor bits; None if there are none.
         block_table: int32 [B, pages] of the tree rows' requests.
         tail: the stock backend's metadata of all other rows; None if there are none.
+        schedule: how the backend spreads the tree rows' prefixes over the GPU; None where it
+            needs no plan.
     """
 
     tree: TreeRows | None
     block_table: torch.Tensor
-    tail: Any | None
+    tail: Any | None = None
+    schedule: Any | None = None
 
 
 class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
@@ -65,8 +68,8 @@ class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: "VllmConfig", kv_cache_spec: Any) -> Any:
-        """Piecewise graphs only: attention itself is launched eagerly."""
-        return AttentionCGSupport.NEVER
+        """Whole steps in which every request has a tree of one size; other steps piecewise."""
+        return AttentionCGSupport.UNIFORM_BATCH
 
     def build(
         self,
@@ -76,12 +79,29 @@ class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
     ) -> TreeMetadata:
         common = common_attn_metadata
         tree = self.tree_batch.rows if self.tree_batch is not None else None
-        tail = None
         if tree is None:
             tail = self.stock.build(common_prefix_len, common, fast_build)
-        elif tree.num_reqs < common.num_reqs:
-            tail = self.stock.build(0, _tail(common, tree), fast_build)
-        return TreeMetadata(tree, common.block_table_tensor, tail)
+            return TreeMetadata(None, common.block_table_tensor, tail)
+        metadata = self.build_tree_rows(tree, common.block_table_tensor)
+        if tree.num_reqs < common.num_reqs:
+            metadata.tail = self.stock.build(0, _tail(common, tree), fast_build)
+        return metadata
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> TreeMetadata:
+        common = common_attn_metadata
+        tree = self.tree_batch.rows if self.tree_batch is not None else None
+        if tree is None:
+            tail = self.stock.build_for_cudagraph_capture(common)
+            return TreeMetadata(None, common.block_table_tensor, tail)
+        # The graph must hold whatever prefix is replayed on it.
+        tree.max_prefix_len = common.max_seq_len
+        return self.build_tree_rows(tree, common.block_table_tensor)
+
+    def build_tree_rows(self, tree: TreeRows, block_table: torch.Tensor) -> TreeMetadata:
+        """Metadata of rows that all attend by ancestor bits."""
+        return TreeMetadata(tree, block_table)
 
 
 def _tail(common: CommonAttentionMetadata, tree: TreeRows) -> CommonAttentionMetadata:

@@ -6,6 +6,9 @@ sliding window, whose edge would follow row indices instead of tree positions, t
 kernel does both.
 """
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from vllm_eagle3 import ops
@@ -16,14 +19,98 @@ from vllm_eagle3.engine.compat import (
     FlashAttentionMetadataBuilder,
     canonicalize_singleton_dim_strides,
     flash_attn_varlen_func,
+    get_scheduler_metadata,
 )
+from vllm_eagle3.engine.tree_batch import TreeRows
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_TILE_ROWS = 128  # rows (query heads of one key head packed) of FlashAttention 3's largest tile
+
+
+@dataclass
+class PrefixSchedule:
+    """FlashAttention 3's plan for the prefixes of one step, the same for all layers.
+
+    Attributes:
+        metadata: int32, at a fixed address where a graph replays it.
+        num_splits: most parts of one prefix that are read side by side; 0 leaves the number
+            to the kernel, which then chooses it on the host.
+    """
+
+    metadata: torch.Tensor
+    num_splits: int
 
 
 class FlashTreeBuilder(TreeMetadataBuilder):
     stock_builder = FlashAttentionMetadataBuilder
 
+    def __init__(
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: "VllmConfig",
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = vllm_config.compilation_config.static_forward_context
+        self.impl = layers[layer_names[0]].impl
+        compilation = vllm_config.compilation_config
+        self.largest_graph = 0
+        if compilation.cudagraph_mode.has_full_cudagraphs():
+            self.largest_graph = compilation.max_cudagraph_capture_size or 0
+        self.max_num_splits = vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
+        self.num_sms = 1
+        if device.type == "cuda":
+            self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+        # Four words for each request, padded to four requests, and a counter.
+        max_num_reqs = max(vllm_config.scheduler_config.max_num_seqs, self.largest_graph)
+        size = 1 + 4 * (max_num_reqs + 3)
+        self._schedule = torch.zeros(size, dtype=torch.int32, device=device)
+
+    def build_tree_rows(self, tree: TreeRows, block_table: torch.Tensor) -> TreeMetadata:
+        metadata = TreeMetadata(tree, block_table)
+        if not self.impl.splits_prefix:
+            return metadata
+        num_splits = self._num_splits(tree) if tree.num_tokens <= self.largest_graph else 0
+        heads, spec = self.impl.num_heads, self.kv_cache_spec
+        planned = get_scheduler_metadata(
+            batch_size=tree.num_reqs,
+            max_seqlen_q=tree.max_query_len,
+            max_seqlen_k=tree.max_prefix_len,
+            num_heads_q=heads,
+            num_heads_kv=self.impl.num_kv_heads,
+            headdim=self.impl.head_size,
+            cache_seqlens=tree.prefix_lens,
+            qkv_dtype=spec.dtype,
+            cu_seqlens_q=tree.query_start_loc,
+            page_size=spec.block_size,
+            causal=False,
+            num_splits=num_splits,
+        )
+        if tree.scratch is None and num_splits:
+            # What the kernel finds past its plan it would take for work.
+            size = planned.shape[0]
+            self._schedule[:size] = planned
+            self._schedule[size:] = 0
+            planned = self._schedule[:size]
+        metadata.schedule = PrefixSchedule(planned, num_splits)
+        return metadata
+
+    def _num_splits(self, tree: TreeRows) -> int:
+        """Parts of a prefix that fill the GPU twice: more cost memory and a longer merge."""
+        rows = tree.max_query_len * (self.impl.num_heads // self.impl.num_kv_heads)
+        tiles = tree.num_reqs * self.impl.num_kv_heads * -(-rows // _TILE_ROWS)
+        return max(1, min(self.max_num_splits, -(-2 * self.num_sms // tiles)))
+
 
 class FlashTreeImpl(TreeImpl, FlashAttentionImpl):
+    @property
+    def splits_prefix(self) -> bool:
+        """Whether FlashAttention 3 attends to the prefix; the portable kernel if not."""
+        return self.vllm_flash_attn_version == 3 and self.window is None
+
     def attend(
         self,
         query: torch.Tensor,
@@ -33,7 +120,7 @@ class FlashTreeImpl(TreeImpl, FlashAttentionImpl):
         metadata: TreeMetadata,
         output: torch.Tensor,
     ) -> None:
-        if self.vllm_flash_attn_version != 3 or self.window is not None:
+        if not self.splits_prefix:
             super().attend(query, tree_key, tree_value, kv_cache, metadata, output)
             return
         tree = metadata.tree
@@ -53,6 +140,8 @@ class FlashTreeImpl(TreeImpl, FlashAttentionImpl):
             block_table=metadata.block_table[: tree.num_reqs],
             softcap=self.logits_softcap,
             return_softmax_lse=True,
+            scheduler_metadata=metadata.schedule.metadata,
+            num_splits=metadata.schedule.num_splits,
             fa_version=3,
         )
         ops.finish_tree_attention(

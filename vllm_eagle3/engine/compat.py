@@ -8,7 +8,8 @@ and the CPU backend needs a CPU build.
 import importlib
 from typing import Any
 
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
+from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import async_tensor_h2d, canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import (
@@ -35,6 +36,7 @@ _LAZY = {
     "TritonAttentionImpl": "vllm.v1.attention.backends.triton_attn",
     "TritonAttentionMetadataBuilder": "vllm.v1.attention.backends.triton_attn",
     "flash_attn_varlen_func": "vllm.v1.attention.backends.fa_utils",
+    "get_scheduler_metadata": "vllm.v1.attention.backends.fa_utils",
 }
 
 
@@ -43,6 +45,8 @@ __all__ = [
     "Attention",
     "AttentionCGSupport",
     "AttentionMetadataBuilder",
+    "BatchDescriptor",
+    "CUDAGraphMode",
     "CommonAttentionMetadata",
     "DefaultModelState",
     "EagleSpeculator",
@@ -51,6 +55,7 @@ __all__ = [
     "get_layers_from_vllm_config",
     "gumbel_sample",
     "resolve_model_state_cls",
+    "set_forward_context",
     "canonicalize_singleton_dim_strides",
     *_LAZY,
 ]

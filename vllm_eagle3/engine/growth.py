@@ -2,9 +2,12 @@
 
 Source: EAGLE-2 (arXiv 2406.16858), section 4.1; the choice of nodes is
 :mod:`vllm_eagle3.tree.expand`.
+
+The whole drafting round is one CUDA graph where vLLM captures its draft prefill whole (every
+request decodes); where other requests are in their prompts, the prefill runs as vLLM runs it
+and the growth is a graph of its own.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,29 +15,18 @@ import torch
 from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.engine.attention import TreeMetadata
-from vllm_eagle3.engine.compat import EagleSpeculator
-from vllm_eagle3.engine.tree_batch import DraftScratch, TreeRows
-from vllm_eagle3.tree.expand import Expansion, grow, start
+from vllm_eagle3.engine.compat import (
+    BatchDescriptor,
+    CUDAGraphMode,
+    EagleSpeculator,
+    set_forward_context,
+)
+from vllm_eagle3.engine.frontier import Frontier
+from vllm_eagle3.engine.tree_batch import DraftScratch
+from vllm_eagle3.tree.types import GrowthBuffers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-
-@dataclass
-class Root:
-    """Where the trees of some of the batch's requests start: B requests.
-
-    Attributes:
-        reqs: their places in the batch.
-        expansion: their first level.
-        position_B1: draft position at which the root's children are expanded.
-        state_BH: the draft's state at the root.
-    """
-
-    reqs: slice
-    expansion: Expansion
-    position_B1: torch.Tensor
-    state_BH: torch.Tensor
 
 
 class TreeGrowth(EagleSpeculator):
@@ -44,106 +36,179 @@ class TreeGrowth(EagleSpeculator):
         super().__init__(vllm_config, device)
         self.config = config
         draft = self.draft_model_config
-        self.scratch = DraftScratch(
-            self.max_num_reqs,
+        scratch = DraftScratch(
+            max(1, min(self.max_num_reqs, self.max_num_tokens // config.top_k)),
             max(1, config.num_expanded),
             draft.get_num_kv_heads(vllm_config.parallel_config),
             draft.get_head_size(),
             self.dtype,
             device,
         )
-        # The K best children of each row of the last draft forward.
-        self._log_probs_MK: torch.Tensor | None = None
-        self._tokens_MK: torch.Tensor | None = None
+        self.frontier = Frontier(
+            config, self.max_num_reqs, self.hidden_size, scratch, self.dtype, device
+        )
+        # The K best children of each row of the draft prefill.
+        self._children: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._captures_round = False
+        # Whether the graph of the draft prefill has grown the trees of this step as well.
+        self._grown_with_prefill = False
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The K best children of each row [M, H]; returns the best token [M] as vLLM expects."""
-        self._log_probs_MK, self._tokens_MK = self._best_children(hidden_states)
-        return self._tokens_MK[:, 0]
+        self._children = self._best_children(hidden_states)
+        return self._children[1][:, 0]
 
     def _configure_decode_metadata_update(self) -> None:
         self.supports_decode_metadata_update = False
 
-    def _root(self, first: int, last: int) -> Root:
-        reqs = slice(first, last)
-        return Root(
-            reqs=reqs,
-            expansion=self._first_level(reqs),
-            # The draft's slot for a token stands one before the token: the root's children are
-            # expanded at the root's own position, which vLLM has prepared. Copies, because
-            # growing overwrites the draft's inputs.
-            position_B1=self.input_buffers.positions[reqs].unsqueeze(1).clone(),
-            state_BH=self.hidden_states[reqs].clone(),
+    def capture(self) -> None:
+        self._captures_round = True
+        super().capture()
+        self._captures_round = False
+
+    def _prefill(
+        self,
+        num_reqs: int,
+        num_tokens: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+        **kwargs: Any,
+    ) -> None:
+        """vLLM's draft prefill, and the first level of the trees; in its graph, all of them."""
+        super()._prefill(
+            num_reqs,
+            num_tokens,
+            attn_metadata,
+            slot_mappings,
+            num_tokens_across_dp,
+            cudagraph_runtime_mode,
+            **kwargs,
         )
+        self._grown_with_prefill = False
+        if kwargs.get("skip_sample"):
+            return
+        buffers = self.input_buffers
+        self.frontier.set_roots(
+            num_reqs, buffers.positions, buffers.seq_lens, self.max_model_len - 1
+        )
+        self._expand(self.frontier.growth, slice(0, num_reqs), *self._children, level=1)
+        if self._captures_round and cudagraph_runtime_mode == CUDAGraphMode.NONE:
+            self._generate_draft(num_reqs, num_reqs, attn_metadata)
 
-    def _first_level(self, reqs: slice) -> Expansion:
-        """The root's children, which the draft's prefill has offered."""
-        return start(self._log_probs_MK[reqs], self._tokens_MK[reqs])
+    def _multi_step_decode(
+        self, num_reqs: int, skip_attn: bool, batch_desc: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """In place of vLLM's loop over single tokens."""
+        if self._grown_with_prefill:
+            return
+        if batch_desc.cg_mode == CUDAGraphMode.FULL:
+            self.decode_cudagraph_manager.run_fullgraph(batch_desc)
+        else:
+            self._generate_draft(num_reqs, num_reqs, None if skip_attn else {})
 
-    def _grow(self, root: Root, skip_attn: bool) -> Expansion:
+    def _generate_draft(
+        self,
+        num_reqs: int,
+        num_rows: int,
+        attn_metadata: dict[str, Any] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Grow the trees of the batch from their first level, and publish them.
+
+        vLLM captures this under the name of its single draft step.
+
+        Args:
+            num_reqs: requests, padded ones included.
+            attn_metadata: None in vLLM's profiling run, which has no KV cache; its content,
+                of a chain's step, is not used.
+        """
+        for reqs in self.frontier.batches(num_reqs):
+            growth = self.frontier.grown(reqs)
+            self._grow(growth, reqs, has_cache=attn_metadata is not None)
+            self._publish(growth, reqs, level=self.config.depth)
+
+    def _publish(self, growth: GrowthBuffers, reqs: slice, level: int) -> None:
+        """Make trees of the candidates offered up to a level."""
+        raise NotImplementedError
+
+    def _grow(self, growth: GrowthBuffers, reqs: slice, has_cache: bool) -> None:
         """Expand level by level: one forward over the frontier of all requests for each."""
-        B, K = root.state_BH.shape[0], self.config.top_k
-        expansion = root.expansion
-        states_BKH = root.state_BH.unsqueeze(1).expand(B, K, -1)
-        metadata = None if skip_attn else self._level_metadata(root.reqs, B)
+        frontier = self.frontier
+        num_reqs = reqs.stop - reqs.start
+        metadata = self._level_metadata(reqs) if has_cache else None
+        states = self.hidden_states  # of the roots, which level 1 counts through the batch
         for level in range(1, self.config.depth):
-            parents_BKH = expansion.frontier_parent_BK.unsqueeze(2).expand_as(states_BKH)
-            states_BKH = states_BKH.gather(1, parents_BKH)
-            positions_B1 = (root.position_B1 + level - 1).clamp(max=self.max_model_len - 1)
-            self.hidden_states[: B * K] = states_BKH.flatten(0, 1)
-            self.input_buffers.input_ids[: B * K] = expansion.frontier_tokens_BK.flatten()
-            self.input_buffers.positions[: B * K] = positions_B1.expand(B, K).flatten()
+            frontier.gather_states(growth, states, num_reqs)
             if metadata is not None:
-                rows = metadata.tree
-                rows.ancestor_bits = expansion.frontier_bits_BK.flatten()
-                rows.tree_lens = rows.tree_lens + K
-                rows.max_tree_len = level * K
-                self.scratch.first_node = (level - 1) * K
-            last_MH, feedback_MH = self._run_frontier(B * K, metadata)
-            log_probs_MK, tokens_MK = self._best_children(last_MH)
-            states_BKH = feedback_MH.view(B, K, -1)
-            expansion = grow(expansion, log_probs_MK.view(B, K, K), tokens_MK.view(B, K, K))
-        return expansion
+                frontier.advance(metadata.tree, level)
+            last_MH, states = self._run_frontier(reqs, metadata)
+            self._expand(growth, reqs, *self._best_children(last_MH), level=level + 1)
 
-    def _level_metadata(self, reqs: slice, num_reqs: int) -> TreeMetadata:
-        """The frontier's rows: K a request, after the committed tokens."""
-        B, K = num_reqs, self.config.top_k
-        starts_B1 = torch.arange(B + 1, dtype=torch.int32, device=self.device)
-        rows = TreeRows(
-            num_reqs=B,
-            num_tokens=B * K,
-            query_start_loc=starts_B1 * K,
-            # vLLM has counted the root, whose own slot is not written yet.
-            prefix_lens=self.input_buffers.seq_lens[reqs] - 1,
-            tree_start=starts_B1[:-1] * self.scratch.keys.shape[1],
-            tree_lens=torch.zeros(B, dtype=torch.int32, device=self.device),
-            ancestor_bits=torch.empty(0),
-            max_query_len=K,
-            max_tree_len=0,
-            max_prefix_len=self.draft_max_seq_len,
-            scratch=self.scratch,
+    def _expand(
+        self,
+        growth: GrowthBuffers,
+        reqs: slice,
+        log_probs_MK: torch.Tensor,
+        tokens_MK: torch.Tensor,
+        level: int,
+    ) -> None:
+        """Offer a level's candidates, and choose the next frontier of the requests."""
+        K = self.config.top_k
+        rows = slice(reqs.start * K, reqs.stop * K)
+        ops.expand_tree(
+            growth,
+            log_probs_MK,
+            tokens_MK,
+            level,
+            reqs.stop - reqs.start,
+            self.frontier.root_positions_B[reqs],
+            self.max_model_len - 1,
+            self.frontier.input_ids_M[rows],
+            self.frontier.positions_M[rows],
         )
+
+    def _level_metadata(self, reqs: slice) -> TreeMetadata:
+        """The frontier's rows: K a request, after the committed tokens."""
         (group,) = (group for groups in self.attn_groups for group in groups)
         blocks_BP = self.block_tables.input_block_tables[group.kv_cache_group_id][reqs]
         # The layer may see its cache in smaller blocks than the cache's manager.
-        return TreeMetadata(rows, group.map_to_kernel_block_table(blocks_BP), None)
+        block_table = group.map_to_kernel_block_table(blocks_BP)
+        rows = self.frontier.rows(reqs, self.max_model_len)
+        return group.get_metadata_builder().build_tree_rows(rows, block_table)
 
+    @torch.inference_mode()
     def _run_frontier(
-        self, num_rows: int, metadata: TreeMetadata | None
+        self, reqs: slice, metadata: TreeMetadata | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One draft forward: states for the logits and states to feed back, [M, H] each."""
+        K = self.config.top_k
+        num_rows = (reqs.stop - reqs.start) * K
+        rows = slice(reqs.start * K, reqs.stop * K)
         by_layer = None
         if metadata is not None:
             by_layer = dict.fromkeys(self.draft_attn_layer_names, metadata)
+        input_ids = self.frontier.input_ids_M[rows]
+        embeds = self.model.embed_input_ids(input_ids) if self.supports_mm_inputs else None
         # No slot mapping: a tree's keys and values stay out of the paged cache.
-        last, feedback = self._run_model(num_rows, by_layer, {}, None)
-        return last[:num_rows], feedback[:num_rows]
+        with set_forward_context(
+            by_layer,
+            self.vllm_config,
+            num_tokens=num_rows,
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            slot_mapping={},
+            batch_descriptor=BatchDescriptor(num_tokens=num_rows),
+        ):
+            return self.model(
+                input_ids=input_ids,
+                positions=self.frontier.positions_M[rows],
+                hidden_states=self.frontier.states_MH[:num_rows],
+                inputs_embeds=embeds,
+            )
 
     def _best_children(self, hidden_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The K best children of each row, log-probabilities and target token ids."""
         logits_MV = self.model.logits_processor(self.model.lm_head, hidden_MH)
-        log_probs_MK, tokens_MK = ops.draft_topk(logits_MV, self.config.top_k)
-        offsets_V = self.model.draft_id_to_target_id
-        if offsets_V is not None:
-            tokens_MK = tokens_MK + offsets_V[tokens_MK]
-        return log_probs_MK, tokens_MK
+        return ops.draft_topk(logits_MV, self.config.top_k, self.model.draft_id_to_target_id)

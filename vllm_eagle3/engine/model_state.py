@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from vllm_eagle3 import ops
-from vllm_eagle3.engine.compat import DefaultModelState, async_tensor_h2d
+from vllm_eagle3.engine.compat import CUDAGraphMode, DefaultModelState, async_tensor_h2d
 from vllm_eagle3.engine.tree_batch import TreeBatch
 from vllm_eagle3.engine.verifier import TreeRejectionSampler
 from vllm_eagle3.tree import mask
@@ -26,8 +26,8 @@ class TreeState:
         buffers: trees and accepted paths by request slot, with one spare row at the end that
             takes what padded and dummy rows write.
         batch: the running batch's trees.
-        chain_only: host flags by request slot: sampling parameters that read the tokens
-            before a row (penalties, bad words, grammars) need rows in the order of the text.
+        chain_only_R: flags by request slot: sampling parameters that read the tokens before a
+            row (penalties, bad words, grammars) need rows in the order of the text.
         cache_table: where the target's KV caches are; None until they are allocated.
     """
 
@@ -36,8 +36,21 @@ class TreeState:
     ) -> None:
         self.buffers = TreeBuffers(max_num_reqs + 1, num_nodes, device)
         self.batch = TreeBatch(max_num_reqs, max_num_tokens, device)
-        self.chain_only = np.zeros(max_num_reqs, dtype=bool)
+        self.chain_only_R = torch.zeros(max_num_reqs + 1, dtype=torch.bool, device=device)
         self.cache_table: ops.KVCacheTable | None = None
+        detached_N = chain_parents(num_nodes, 0, device)
+        self._detached = (
+            detached_N,
+            mask.depths(detached_N, max_depth=1),
+            mask.ancestor_bits(detached_N, max_depth=1),
+        )
+
+    def detach(self, slots_B: torch.Tensor) -> None:
+        """Leave only detached nodes in the slots: whatever is scheduled, nothing is accepted."""
+        buffers = self.buffers
+        targets = (buffers.parents_RN, buffers.depths_RN, buffers.ancestor_bits_RN)
+        for target_RN, values_N in zip(targets, self._detached, strict=True):
+            target_RN[slots_B] = values_N
 
 
 class TreeModelState(DefaultModelState):
@@ -48,7 +61,7 @@ class TreeModelState(DefaultModelState):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._new_slots: list[int] = []
+        self._new_slots: dict[int, bool] = {}  # slot to whether it needs a chain
 
     @classmethod
     def bind(cls, tree: TreeState, target_layer_names: frozenset[str]) -> type["TreeModelState"]:
@@ -60,15 +73,16 @@ class TreeModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         # The slot's last owner may have left a tree: vLLM can schedule placeholder drafts
         # before this request has drafted any.
-        self._new_slots.append(req_index)
         params = new_req_data.sampling_params
-        self.tree.chain_only[req_index] = params is not None and needs_chain(params)
+        self._new_slots[req_index] = params is not None and needs_chain(params)
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
         if self._new_slots:
-            slots = async_tensor_h2d(np.array(self._new_slots, dtype=np.int64), device=self.device)
-            detach(self.tree.buffers, slots)
+            staged = np.array([*self._new_slots.items()], dtype=np.int64)
+            slots, chain_only = async_tensor_h2d(staged.T.copy(), device=self.device)
+            self.tree.detach(slots)
+            self.tree.chain_only_R[slots] = chain_only.bool()
             self._new_slots.clear()
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
@@ -82,9 +96,23 @@ class TreeModelState(DefaultModelState):
             if name in self.target_layer_names
         )
 
-    def prepare_attn(self, input_batch: "InputBatch", *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self.tree.batch.prepare(input_batch, self.tree.buffers)
-        return super().prepare_attn(input_batch, *args, **kwargs)
+    def prepare_attn(
+        self,
+        input_batch: "InputBatch",
+        cudagraph_mode: Any,
+        *args: Any,
+        for_capture: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        batch = self.tree.batch
+        if for_capture:
+            batch.prepare_capture(input_batch)
+        else:
+            is_padded = cudagraph_mode == CUDAGraphMode.FULL
+            batch.prepare(input_batch, self.tree.buffers, is_padded)
+        return super().prepare_attn(
+            input_batch, cudagraph_mode, *args, for_capture=for_capture, **kwargs
+        )
 
     def prepare_inputs(self, input_batch: "InputBatch", req_states: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs(input_batch, req_states)
@@ -98,14 +126,6 @@ class TreeModelState(DefaultModelState):
     def custom_sampler(self, sampler: Any) -> tuple[Any, TreeRejectionSampler]:
         config = self.vllm_config.speculative_config
         return sampler, TreeRejectionSampler(sampler, config, self.device, self.tree.buffers)
-
-
-def detach(buffers: TreeBuffers, slots: torch.Tensor) -> None:
-    """Leave only detached nodes in the slots [B]: whatever is scheduled, nothing is accepted."""
-    parents_N = chain_parents(buffers.parents_RN.shape[1], 0, slots.device)
-    buffers.parents_RN[slots] = parents_N
-    buffers.depths_RN[slots] = mask.depths(parents_N, max_depth=1)
-    buffers.ancestor_bits_RN[slots] = mask.ancestor_bits(parents_N, max_depth=1)
 
 
 def needs_chain(params: "SamplingParams") -> bool:

@@ -10,16 +10,12 @@ from vllm_eagle3.engine import attention
 from vllm_eagle3.engine.compat import (
     Attention,
     DefaultModelState,
-    async_tensor_h2d,
     get_layers_from_vllm_config,
     resolve_model_state_cls,
 )
 from vllm_eagle3.engine.growth import TreeGrowth
-from vllm_eagle3.engine.model_state import TreeModelState, TreeState, detach
-from vllm_eagle3.tree.chain import best_chain
-from vllm_eagle3.tree.expand import Expansion
-from vllm_eagle3.tree.rerank import rerank
-from vllm_eagle3.tree.types import DraftTree
+from vllm_eagle3.engine.model_state import TreeModelState, TreeState
+from vllm_eagle3.tree.types import GrowthBuffers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,15 +26,13 @@ class TreeSpeculator(TreeGrowth):
     """vLLM's EAGLE speculator with EAGLE-2's expansion and reranking.
 
     The frame is vLLM's: the draft's prefill over the accepted tokens is its own, on inputs
-    that :meth:`_commit` has put in the order of a chain. Its loop over single tokens is
-    replaced by :meth:`_grow`.
+    that :meth:`_fuse` has put in the order of a chain. Its loop over single tokens is
+    replaced by the growth of trees.
     """
 
     def __init__(self, vllm_config: "VllmConfig", device: torch.device, config: TreeConfig) -> None:
         super().__init__(vllm_config, device, config)
         self.tree = TreeState(self.max_num_reqs, self.max_num_tokens, config.num_nodes, device)
-        # Slots of the batch that get a chain; None in the common case.
-        self._chain_rows_B: torch.Tensor | None = None
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         base = resolve_model_state_cls(self.vllm_config, target_model)
@@ -84,14 +78,8 @@ class TreeSpeculator(TreeGrowth):
         """
         if is_profile:
             self._touch_verification_memory()
-        hidden = self.model.combine_hidden_states(torch.cat(aux_hidden_states, dim=-1))
-        self._chain_rows_B = None
-        if not dummy_run:
-            chain = self.tree.chain_only[input_batch.idx_mapping_np]
-            if chain.any():
-                self._chain_rows_B = async_tensor_h2d(chain, device=self.device)
-            if input_batch.num_draft_tokens:
-                hidden = self._commit(input_batch, hidden)
+        hidden = self._fuse(aux_hidden_states, input_batch, dummy_run)
+        self._grown_with_prefill = True  # unless the prefill runs outside of its graph
         drafts = super().propose(
             input_batch,
             attn_metadata,
@@ -108,18 +96,28 @@ class TreeSpeculator(TreeGrowth):
         )
         if num_speculative_tokens == 0:
             if not dummy_run:
-                detach(self.tree.buffers, input_batch.idx_mapping)
-        elif num_speculative_tokens == 1 or self.num_speculative_steps == 1:
+                self.tree.detach(input_batch.idx_mapping)
+        elif 1 in (num_speculative_tokens, self.num_speculative_steps):
             # vLLM returns before its loop over steps: the root's best child is the tree.
             reqs = slice(0, input_batch.num_reqs)
-            self._publish(self._rerank(self._first_level(reqs), reqs), reqs)
+            if not self._grown_with_prefill:
+                self._publish(self.frontier.grown(reqs), reqs, level=1)
         return drafts
 
-    def _commit(self, batch: "InputBatch", hidden_TH: torch.Tensor) -> torch.Tensor:
-        """Bring the accepted path to the front of its request's rows: KV, ids and states.
+    def _fuse(
+        self, aux_hidden_states: list[torch.Tensor], batch: "InputBatch", dummy_run: bool
+    ) -> torch.Tensor:
+        """The head's input state for each row [T, H], accepted paths in front of their requests."""
+        if batch.num_draft_tokens and not dummy_run:
+            rows_T = self._commit(batch, aux_hidden_states[0].shape[0])
+            aux_hidden_states = [states[rows_T] for states in aux_hidden_states]
+        return self.model.combine_hidden_states(torch.cat(aux_hidden_states, dim=-1))
+
+    def _commit(self, batch: "InputBatch", num_rows: int) -> torch.Tensor:
+        """Bring the accepted path to the front of its request's rows: KV and token ids.
 
         Runs in the step that verified the path, before anything reads those cache blocks and
-        while the target's slot mappings stand.
+        while the target's slot mappings stand. Returns the rows [T] to take the states from.
         """
         buffers, groups = self.tree.buffers, self.block_tables.slot_mappings
         path = (
@@ -130,47 +128,22 @@ class TreeSpeculator(TreeGrowth):
             batch.cu_num_logits,
         )
         ops.compact_kv(self.tree.cache_table, groups, *path)
-        rows_T = ops.accepted_row_index(*path, hidden_TH.shape[0])
+        rows_T = ops.accepted_row_index(*path, num_rows)
         ids_T = batch.input_ids
         ids_T.copy_(ids_T[rows_T[: ids_T.shape[0]]])
-        return hidden_TH[rows_T]
+        return rows_T
 
-    def _multi_step_decode(self, num_reqs: int, skip_attn: bool, *args: Any, **kwargs: Any) -> None:
-        """In place of vLLM's loop over single tokens."""
-        # The draft's buffers hold max_num_tokens rows, K for each request.
-        size = self.max_num_tokens // self.config.top_k
-        roots = [
-            self._root(first, min(first + size, num_reqs)) for first in range(0, num_reqs, size)
-        ]
-        for root in roots:
-            self._publish(self._rerank(self._grow(root, skip_attn), root.reqs), root.reqs)
-
-    def _rerank(self, expansion: Expansion, reqs: slice) -> DraftTree:
-        num_nodes = min(self.config.num_nodes, expansion.scores_BC.shape[1] + 1)
-        tree = rerank(expansion, num_nodes)
-        if self._chain_rows_B is None:
-            return tree
-        chain = best_chain(tree, self.config.depth)
-        is_chain_B1 = self._chain_rows_B[reqs].unsqueeze(1)
-        return DraftTree(
-            **{
-                name: torch.where(is_chain_B1, getattr(chain, name), getattr(tree, name))
-                for name in vars(tree)
-            }
+    def _publish(self, growth: GrowthBuffers, reqs: slice, level: int) -> None:
+        """Rerank; write the trees to their request slots, and the drafts to vLLM's buffer."""
+        ops.build_tree(
+            growth,
+            level,
+            reqs.stop - reqs.start,
+            self.idx_mapping[reqs],
+            self.tree.chain_only_R,
+            self.tree.buffers,
+            self.draft_tokens[reqs],
         )
-
-    def _publish(self, tree: DraftTree, reqs: slice) -> None:
-        """Write the trees to their request slots, and the drafts to vLLM's buffer."""
-        num_nodes = tree.tokens_BN.shape[1]
-        buffers = self.tree.buffers
-        spare = buffers.tokens_RN.shape[0] - 1
-        slots = self.idx_mapping[reqs]
-        slots = slots.where(slots >= 0, spare)
-        if num_nodes < self.config.num_nodes:
-            detach(buffers, slots)
-        for name in ("tokens", "parents", "depths", "ancestor_bits", "scores"):
-            getattr(buffers, f"{name}_RN")[slots, :num_nodes] = getattr(tree, f"{name}_BN")
-        self.draft_tokens[reqs, : num_nodes - 1] = tree.tokens_BN[:, 1:]
 
     def _touch_verification_memory(self) -> None:
         """Show vLLM's memory profile the logits of a full verification.

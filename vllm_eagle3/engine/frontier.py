@@ -1,0 +1,116 @@
+"""The rows that the draft runs over at one level of the trees, at fixed addresses.
+
+Everything here stays where it is from start to end: the drafting round is captured in CUDA
+graphs, which remember addresses.
+"""
+
+import copy
+
+import torch
+
+from vllm_eagle3.config import TreeConfig
+from vllm_eagle3.engine.tree_batch import DraftScratch, TreeRows
+from vllm_eagle3.tree.types import GrowthBuffers
+
+
+class Frontier:
+    """Where the trees of a batch start, and the inputs of their next level.
+
+    Attributes:
+        growth: candidates and frontier of each request of the batch.
+        input_ids_M, positions_M, states_MH: inputs of the draft's forward over one level,
+            K rows a request.
+        root_positions_B: int64 draft position at which the root's children are expanded:
+            the draft's slot for a token stands one before the token.
+        prefix_lens_B: int32 committed tokens in the draft's cache; 0 for padded requests.
+        scratch: keys and values of the nodes expanded so far.
+    """
+
+    def __init__(
+        self,
+        config: TreeConfig,
+        max_num_reqs: int,
+        hidden_size: int,
+        scratch: DraftScratch,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        K = config.top_k
+        self.top_k = K
+        self.scratch = scratch
+        self.growth = GrowthBuffers(max_num_reqs, config, device)
+        reqs_at_once = scratch.keys.shape[0]
+
+        def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.root_positions_B = zeros(torch.int64, max_num_reqs)
+        self.prefix_lens_B = zeros(torch.int32, max_num_reqs)
+        self.input_ids_M = zeros(torch.int32, max_num_reqs * K)
+        self.positions_M = zeros(torch.int64, max_num_reqs * K)
+        self.states_MH = zeros(dtype, reqs_at_once * K, hidden_size)
+        starts = torch.arange(reqs_at_once + 1, dtype=torch.int32, device=device)
+        self._query_start_loc = starts * K
+        self._tree_start = starts[:-1] * scratch.keys.shape[1]
+        # Nodes that a row of each level may see, its own level included.
+        self._tree_lens = [
+            torch.full((reqs_at_once,), level * K, dtype=torch.int32, device=device)
+            for level in range(config.depth)
+        ]
+
+    def set_roots(
+        self, num_reqs: int, positions: torch.Tensor, seq_lens: torch.Tensor, max_position: int
+    ) -> None:
+        """Start at the last accepted tokens.
+
+        Args:
+            num_reqs: requests of the batch, padded ones included (B).
+            positions: int64 [B] draft position of each request's last accepted row.
+            seq_lens: int32 [B] tokens of each request, rejected ones included; 0 for padded
+                requests, whose positions mean nothing.
+            max_position: the last position that the model has.
+        """
+        next_B = positions[:num_reqs] + 1
+        torch.clamp(next_B, max=max_position, out=self.root_positions_B[:num_reqs])
+        self.prefix_lens_B[:num_reqs] = torch.minimum(next_B, seq_lens[:num_reqs])
+
+    def batches(self, num_reqs: int) -> list[slice]:
+        """Requests that can grow at once, by place in the batch."""
+        size = self.scratch.keys.shape[0]
+        return [slice(first, min(first + size, num_reqs)) for first in range(0, num_reqs, size)]
+
+    def grown(self, reqs: slice) -> GrowthBuffers:
+        """The growth buffers of some of the batch's requests, as views."""
+        view = copy.copy(self.growth)
+        for name, values in vars(self.growth).items():
+            if isinstance(values, torch.Tensor):
+                setattr(view, name, values[reqs])
+        return view
+
+    def gather_states(self, growth: GrowthBuffers, source: torch.Tensor, num_reqs: int) -> None:
+        """Give each row of the level the draft's state of its parent, a row of ``source``."""
+        rows_M = growth.frontier_row_BK[:num_reqs].flatten()
+        torch.index_select(source, 0, rows_M, out=self.states_MH[: rows_M.shape[0]])
+
+    def rows(self, reqs: slice, max_prefix_len: int) -> TreeRows:
+        """The attention rows of the first level; :meth:`advance` moves them on."""
+        num_reqs = reqs.stop - reqs.start
+        return TreeRows(
+            num_reqs=num_reqs,
+            num_tokens=num_reqs * self.top_k,
+            query_start_loc=self._query_start_loc[: num_reqs + 1],
+            prefix_lens=self.prefix_lens_B[reqs],
+            tree_start=self._tree_start[:num_reqs],
+            tree_lens=self._tree_lens[0][:num_reqs],
+            ancestor_bits=self.growth.frontier_bits_BK[reqs].flatten(),
+            max_query_len=self.top_k,
+            max_tree_len=0,
+            max_prefix_len=max_prefix_len,
+            scratch=self.scratch,
+        )
+
+    def advance(self, rows: TreeRows, level: int) -> None:
+        """Move the rows to a level, counted from 1: K more nodes to see and to store."""
+        rows.tree_lens = self._tree_lens[level][: rows.num_reqs]
+        rows.max_tree_len = level * self.top_k
+        self.scratch.first_node = (level - 1) * self.top_k
