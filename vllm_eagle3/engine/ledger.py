@@ -7,6 +7,8 @@ imports, overrides or reads of a base class is missing here.
 
 from dataclasses import dataclass
 
+from vllm_eagle3.engine.ledger_configuration import CONFIGURATION, members
+
 
 @dataclass(frozen=True)
 class Hook:
@@ -25,17 +27,13 @@ _GPU = "vllm.v1.worker.gpu"
 _BACKENDS = "vllm.v1.attention.backends"
 
 
-def _members(owner: str, *names: str) -> tuple[str, ...]:
-    return (owner, *(f"{owner}.{name}" for name in names))
-
-
 def _attention(module: str, backend: str, impl: str, *more: str) -> tuple[str, ...]:
     """A stock backend, its implementation and what tree attention reads of the latter."""
     return (
-        *_members(
+        *members(
             f"{_BACKENDS}.{module}:{backend}Backend", "get_name", "get_impl_cls", "get_builder_cls"
         ),
-        *_members(
+        *members(
             f"{_BACKENDS}.{module}:{impl}",
             "forward",
             "do_kv_cache_update",
@@ -61,7 +59,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         "vllm.sampling_params:SamplingParams._validate_spec_decode",
     ),
     Hook("EngineArgs.create_engine_config", "wrapped: takes the key `tree` out"): (
-        *_members(
+        *members(
             "vllm.engine.arg_utils:EngineArgs",
             "create_engine_config",
             "speculative_config",
@@ -69,77 +67,13 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "additional_config",
         ),
     ),
-    Hook("configuration", "read, to refuse what trees do not support"): (
-        *_members(
-            "vllm.config:VllmConfig",
-            "additional_config",
-            "attention_config",
-            "aux_output_config",
-            "cache_config",
-            "compilation_config",
-            "kv_transfer_config",
-            "model_config",
-            "parallel_config",
-            "scheduler_config",
-            "speculative_config",
-            "use_v2_model_runner",
-            "watermark_config",
-        ),
-        *_members("vllm.config:CacheConfig", "cache_dtype", "kv_sharing_fast_prefill"),
-        *_members(
-            "vllm.config:CompilationConfig",
-            "cudagraph_mode",
-            "max_cudagraph_capture_size",
-            "static_forward_context",
-        ),
-        "vllm.config:AttentionConfig.flash_attn_max_num_splits_for_cuda_graph",
-        *_members("vllm.config.aux_output:AuxOutputConfig", "enable_return_routed_experts"),
-        *_members(
-            "vllm.config:ModelConfig",
-            "enable_trace_replay",
-            "get_head_size",
-            "get_hidden_size",
-            "get_num_kv_heads",
-            "get_vocab_size",
-            "hf_config",
-            "is_attention_free",
-            "is_encoder_decoder",
-            "is_hybrid",
-            "model",
-            "return_sampling_mask",
-            "rswa_window",
-            "use_mla",
-            "uses_mrope",
-        ),
-        *_members(
-            "vllm.config:ParallelConfig",
-            "data_parallel_size",
-            "decode_context_parallel_size",
-            "enable_batch_sharded_sampling",
-            "enable_dbo",
-            "pipeline_parallel_size",
-            "prefill_context_parallel_size",
-            "tensor_parallel_size",
-        ),
-        *_members("vllm.config:SchedulerConfig", "max_num_batched_tokens", "max_num_seqs"),
-        *_members(
-            "vllm.config:SpeculativeConfig",
-            "draft_model_config",
-            "draft_sample_method",
-            "enable_adaptive_verification",
-            "method",
-            "num_speculative_tokens",
-            "parallel_drafting",
-            "rejection_sample_method",
-            "use_local_argmax_reduction",
-        ),
-    ),
+    Hook("configuration", "read, to refuse what trees do not support"): CONFIGURATION,
     Hook("spec_decode.init_speculator", "wrapped: a tree gets TreeSpeculator"): (
         f"{_GPU}.spec_decode:init_speculator",
         f"{_GPU}.model_runner:init_speculator",
     ),
     Hook("EagleSpeculator", "subclass: grows trees after the draft prefill"): (
-        *_members(
+        *members(
             f"{_GPU}.spec_decode.eagle.speculator:EagleSpeculator",
             "__init__",
             "_configure_decode_metadata_update",
@@ -171,9 +105,9 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "supports_mm_inputs",
             "vllm_config",
         ),
-        *_members(f"{_GPU}.block_table:BlockTables", "input_block_tables", "slot_mappings"),
-        *_members(f"{_GPU}.input_batch:InputBuffers", "input_ids", "positions", "seq_lens"),
-        *_members(
+        *members(f"{_GPU}.block_table:BlockTables", "input_block_tables", "slot_mappings"),
+        *members(f"{_GPU}.input_batch:InputBuffers", "input_ids", "positions", "seq_lens"),
+        *members(
             "vllm.v1.worker.utils:AttentionGroup",
             "get_metadata_builder",
             "kv_cache_group_id",
@@ -187,7 +121,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         "vllm.utils.torch_utils:async_tensor_h2d",
     ),
     Hook("Eagle3LlamaForCausalLM", "called: the head's fusion, logits and vocabulary"): (
-        *_members(
+        *members(
             "vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM",
             "combine_hidden_states",
             "draft_id_to_target_id",
@@ -201,7 +135,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         f"{_GPU}.model_states:resolve_model_state_cls",
     ),
     Hook("DefaultModelState", "subclass: positions, masks, sampler of trees"): (
-        *_members(
+        *members(
             f"{_GPU}.model_states.default:DefaultModelState",
             "__init__",
             "add_request",
@@ -214,7 +148,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "prepare_inputs",
             "vllm_config",
         ),
-        *_members(
+        *members(
             f"{_GPU}.input_batch:InputBatch",
             "cu_num_logits",
             "idx_mapping",
@@ -231,8 +165,8 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "seq_lens",
             "seq_lens_cpu_upper_bound",
         ),
-        *_members("vllm.v1.core.sched.output:NewRequestData", "sampling_params"),
-        *_members(
+        *members("vllm.v1.core.sched.output:NewRequestData", "sampling_params"),
+        *members(
             "vllm.sampling_params:SamplingParams",
             "bad_words",
             "frequency_penalty",
@@ -243,7 +177,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         ),
     ),
     Hook("RejectionSampler", "subclass: accepts a path of the tree"): (
-        *_members(
+        *members(
             f"{_GPU}.spec_decode.rejection_sampler:RejectionSampler",
             "__call__",
             "__init__",
@@ -252,30 +186,30 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "num_speculative_steps",
             "sampler",
         ),
-        *_members(
+        *members(
             f"{_GPU}.sample.sampler:Sampler",
             "apply_sampling_params",
             "sampling_states",
             "use_fp64_gumbel",
         ),
-        *_members(f"{_GPU}.sample.states:SamplingStates", "seeds", "temperature"),
+        *members(f"{_GPU}.sample.states:SamplingStates", "seeds", "temperature"),
         f"{_GPU}.sample.gumbel:gumbel_sample",
         f"{_GPU}.sample.states:NO_LOGPROBS",
     ),
     Hook("attention layers", "backend and impl of each layer exchanged after loading"): (
         "vllm.config:get_layers_from_vllm_config",
-        *_members(
+        *members(
             "vllm.model_executor.layers.attention:Attention", "attn_backend", "impl", "kv_cache"
         ),
-        *_members("vllm.v1.attention.backend:AttentionCGSupport", "UNIFORM_BATCH"),
-        *_members(
+        *members("vllm.v1.attention.backend:AttentionCGSupport", "UNIFORM_BATCH"),
+        *members(
             "vllm.v1.attention.backend:AttentionMetadataBuilder",
             "__init__",
             "build",
             "build_for_cudagraph_capture",
             "get_cudagraph_support",
         ),
-        *_members("vllm.v1.attention.backend:CommonAttentionMetadata", "__init__", "replace"),
+        *members("vllm.v1.attention.backend:CommonAttentionMetadata", "__init__", "replace"),
         *_attention("cpu_attn", "CPUAttention", "CPUAttentionBackendImpl"),
         *_attention(
             "flash_attn",
@@ -285,9 +219,9 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "num_kv_heads",
             "vllm_flash_attn_version",
         ),
-        *_members(f"{_BACKENDS}.flash_attn:FlashAttentionMetadataBuilder", "__init__", "build"),
+        *members(f"{_BACKENDS}.flash_attn:FlashAttentionMetadataBuilder", "__init__", "build"),
         *_attention("triton_attn", "TritonAttention", "TritonAttentionImpl"),
-        *_members(f"{_BACKENDS}.triton_attn:TritonAttentionMetadataBuilder", "__init__", "build"),
+        *members(f"{_BACKENDS}.triton_attn:TritonAttentionMetadataBuilder", "__init__", "build"),
         f"{_BACKENDS}.fa_utils:flash_attn_varlen_func",
         f"{_BACKENDS}.fa_utils:get_scheduler_metadata",
         "vllm.utils.torch_utils:canonicalize_singleton_dim_strides",
