@@ -11,6 +11,7 @@ from vllm_eagle3.ops.dispatch import (
     Impl,
     check,
     check_matrix,
+    check_rows,
     check_same_device,
     check_vector,
     resolve,
@@ -172,18 +173,12 @@ def compact_kv(
             caches on a GPU, of which the table has addresses only.
     """
     batch = idx_mapping_B.shape[0]
-    check(
-        slot_mappings_GT.dim() == 2
-        and slot_mappings_GT.dtype == torch.int64
-        and slot_mappings_GT.stride(1) == 1,
-        "slot_mappings_GT must be an int64 matrix with contiguous rows, got "
-        f"{slot_mappings_GT.dtype} {tuple(slot_mappings_GT.shape)}",
-    )
-    check(
-        slot_mappings_GT.shape[0] >= table.num_groups,
-        f"slot_mappings_GT has {slot_mappings_GT.shape[0]} KV cache groups, the layers use "
-        f"{table.num_groups}",
-    )
+    num_groups, num_rows = slot_mappings_GT.shape
+    check_rows("slot_mappings_GT", slot_mappings_GT, num_rows, torch.int64)
+    if num_groups < table.num_groups:
+        raise ValueError(
+            f"slot_mappings_GT has {num_groups} KV cache groups, the layers use {table.num_groups}"
+        )
     check_matrix("path_RN", path_RN, torch.int32)
     check_vector("path_len_R", path_len_R, path_RN.shape[0], torch.int32)
     check_vector("idx_mapping_B", idx_mapping_B, 1, torch.int32, torch.int64)

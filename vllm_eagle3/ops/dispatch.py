@@ -54,6 +54,9 @@ def interpreted() -> bool:
     return knobs.runtime.interpret
 
 
+# Every step of the engine runs these: a message is put together only where one is raised.
+
+
 def check(condition: bool, message: str) -> None:
     """Raise ``ValueError(message)`` unless the condition holds."""
     if not condition:
@@ -62,19 +65,21 @@ def check(condition: bool, message: str) -> None:
 
 def check_same_device(**tensors: torch.Tensor) -> None:
     """Raise ``ValueError`` unless all tensors are on one device."""
-    if len({tensor.device for tensor in tensors.values()}) > 1:
+    devices = [tensor.device for tensor in tensors.values()]
+    if devices.count(devices[0]) != len(devices):
         found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"all tensors must be on one device: {found}")
 
 
 def check_vector(name: str, tensor: torch.Tensor, min_length: int, *dtypes: torch.dtype) -> None:
     """Raise ``ValueError`` unless contiguous, 1-d, long enough and of one of the types."""
-    if tensor.dim() != 1 or tensor.shape[0] < min_length or not tensor.is_contiguous():
+    if tensor.dim() != 1 or tensor.numel() < min_length or not tensor.is_contiguous():
         raise ValueError(
             f"{name} must be a contiguous vector of at least {min_length} elements, got shape "
             f"{tuple(tensor.shape)} with strides {tensor.stride()}"
         )
-    _check_dtype(name, tensor, dtypes)
+    if tensor.dtype not in dtypes:
+        raise _wrong_dtype(name, tensor, dtypes)
 
 
 def check_matrix(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
@@ -84,9 +89,20 @@ def check_matrix(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
             f"{name} must be a contiguous matrix, got shape {tuple(tensor.shape)} with strides "
             f"{tensor.stride()}"
         )
-    _check_dtype(name, tensor, dtypes)
-
-
-def _check_dtype(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+        raise _wrong_dtype(name, tensor, dtypes)
+
+
+def check_rows(name: str, tensor: torch.Tensor, width: int, *dtypes: torch.dtype) -> None:
+    """Raise ``ValueError`` unless 2-d, of that width, one of the types, and contiguous rows."""
+    if tensor.dim() != 2 or tensor.shape[1] != width or tensor.stride(1) != 1:
+        raise ValueError(
+            f"{name} must be a matrix of {width} columns with contiguous rows, got shape "
+            f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+    if tensor.dtype not in dtypes:
+        raise _wrong_dtype(name, tensor, dtypes)
+
+
+def _wrong_dtype(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> ValueError:
+    return ValueError(f"{name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_eagle3.ops.dispatch import Impl, check, check_same_device, check_vector, resolve
+from vllm_eagle3.ops.dispatch import Impl, check_rows, check_same_device, check_vector, resolve
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_STATES = 8
@@ -41,46 +41,35 @@ def fuse_features(
     Raises:
         ValueError: a tensor of another type, layout, size or device.
     """
-    check(1 <= len(states) <= _MAX_STATES, f"states must be 1 to {_MAX_STATES}, got {len(states)}")
-    shape, dtype = states[0].shape, states[0].dtype
-    check(dtype in _FLOATS, f"states must be float32, float16 or bfloat16, got {dtype}")
-    for state in (*states, out_TF):
-        name = "out_TF" if state is out_TF else "states"
-        check(
-            state.dim() == 2 and state.stride(1) == 1 and state.dtype == dtype,
-            f"{name} must be {dtype} matrices with contiguous rows, got {state.dtype} "
-            f"{tuple(state.shape)} with strides {state.stride()}",
+    num_states, num_weights = len(states), len(norm_weights)
+    if not 1 <= num_states <= _MAX_STATES:
+        raise ValueError(f"states must be 1 to {_MAX_STATES}, got {num_states}")
+    num_rows, dtype = out_TF.shape[0], states[0].dtype
+    num_state_rows, hidden_size = states[0].shape
+    for state in states:
+        check_rows("states", state, hidden_size, *_FLOATS)
+        check_same_device(states=state, out_TF=out_TF)
+        if state.dtype != dtype or state.shape[0] != num_state_rows:
+            found = ", ".join(f"{state.dtype} {tuple(state.shape)}" for state in states)
+            raise ValueError(f"states must have one shape and type, got {found}")
+    check_rows("out_TF", out_TF, num_states * hidden_size, dtype)
+    if index_T is not None:
+        check_vector("index_T", index_T, num_rows, torch.int32, torch.int64)
+        check_same_device(index_T=index_T, out_TF=out_TF)
+    elif num_state_rows < num_rows:
+        raise ValueError(
+            f"states of {num_state_rows} rows cannot fill the {num_rows} rows of out_TF: "
+            "give them as many, or an index_T"
         )
-    check(
-        all(state.shape == shape for state in states),
-        f"states must have one shape, got {[tuple(state.shape) for state in states]}",
-    )
-    hidden_size, width = shape[1], len(states) * shape[1]
-    check(
-        out_TF.shape[1] == width,
-        f"out_TF must have {width} columns, got shape {tuple(out_TF.shape)}",
-    )
-    if index_T is None:
-        check(
-            shape[0] >= out_TF.shape[0],
-            f"states of {shape[0]} rows cannot fill the {out_TF.shape[0]} rows of out_TF",
+    if num_weights not in (0, 1, num_states):
+        raise ValueError(
+            f"norm_weights must be none, one, or one for each of {num_states} states, got "
+            f"{num_weights}"
         )
-    else:
-        check_vector("index_T", index_T, out_TF.shape[0], torch.int32, torch.int64)
-    joint = len(norm_weights) == 1
-    check(
-        len(norm_weights) in (0, 1, len(states)),
-        f"norm_weights must be none, one, or one for each of {len(states)} states, got "
-        f"{len(norm_weights)}",
-    )
     for weight in norm_weights:
-        check_vector("norm_weights", weight, width if joint else hidden_size, dtype)
-    check_same_device(
-        **{f"states[{i}]": state for i, state in enumerate(states)},
-        **{f"norm_weights[{i}]": weight for i, weight in enumerate(norm_weights)},
-        **({} if index_T is None else {"index_T": index_T}),
-        out_TF=out_TF,
-    )
+        width = num_states * hidden_size if num_weights == 1 else hidden_size
+        check_vector("norm_weights", weight, width, dtype)
+        check_same_device(norm_weights=weight, out_TF=out_TF)
     if resolve(impl, out_TF.device, ("extension",)) == "extension":
         torch.ops.vllm_eagle3.fuse_features(states, index_T, norm_weights, eps, out_TF)
     else:

@@ -59,11 +59,10 @@ def verify_tree(
     check_vector("cu_num_logits_B1", cu_num_logits_B1, batch + 1, torch.int32)
     check_matrix("path_RN", path_RN, torch.int32)
     check(path_RN.shape == parents_RN.shape, "path_RN and parents_RN must have one shape")
-    check_vector("path_len_R", path_len_R, path_RN.shape[0], torch.int32)
-    check(
-        1 <= num_nodes <= parents_RN.shape[1],
-        f"num_nodes must be between 1 and {parents_RN.shape[1]}, got {num_nodes}",
-    )
+    num_slots, max_nodes = parents_RN.shape
+    check_vector("path_len_R", path_len_R, num_slots, torch.int32)
+    if not 1 <= num_nodes <= max_nodes:
+        raise ValueError(f"num_nodes must be between 1 and {max_nodes}, got {num_nodes}")
     check_same_device(
         target_tokens_L=target_tokens_L,
         draft_tokens_L=draft_tokens_L,
