@@ -29,8 +29,8 @@ void draft_topk_cpu_of(const DraftTopkParams& p) {
       }
     }
     std::iota(ids.begin(), ids.end(), 0);
-    std::partial_sort(ids.begin(), ids.begin() + p.k, ids.end(), [&](int a, int b) {
-      return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+    std::partial_sort(ids.begin(), ids.begin() + p.k, ids.end(), [&](int i, int j) {
+      return logits[i] != logits[j] ? logits[i] > logits[j] : i < j;
     });
     const float max = logits[ids[0]];
     double sum = has_nan ? std::numeric_limits<double>::quiet_NaN() : 0.0;

@@ -35,8 +35,8 @@ void expand_tree_cpu(const ExpandTreeParams& p) {
     }
     std::iota(order.begin(), order.end(), 0);
     if (!is_first) {
-      std::partial_sort(order.begin(), order.begin() + K, order.end(), [&](int a, int b) {
-        return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+      std::partial_sort(order.begin(), order.begin() + K, order.end(), [&](int i, int j) {
+        return scores[i] != scores[j] ? scores[i] > scores[j] : i < j;
       });
     }
     std::copy_n(g.frontier_bits + frontier, K, parent_bits.begin());

@@ -27,9 +27,7 @@ def skip_where_it_cannot_run(impl: str, device: str) -> None:
     if impl == "extension":
         from vllm_eagle3.ops import extension
 
-        if not extension.load() or not {"draft_topk", "expand_tree", "build_tree"} <= set(
-            extension.OPS
-        ):
+        if not extension.load():
             pytest.skip("the extension is not built")
 
 

@@ -7,9 +7,8 @@ from vllm_eagle3.ops.dispatch import (
     check,
     check_same_device,
     check_vector,
-    resolve,
 )
-from vllm_eagle3.ops.expand_tree import expansion_of, pool_size
+from vllm_eagle3.ops.expand_tree import expansion_of, pool_size, use_extension
 from vllm_eagle3.tree import mask
 from vllm_eagle3.tree.chain import best_chain
 from vllm_eagle3.tree.rerank import rerank
@@ -82,7 +81,7 @@ def build_tree(
     )
     if num_reqs == 0:
         return
-    if resolve(impl, growth.tokens_BC.device, ()) == "extension":
+    if use_extension(impl, growth):
         torch.ops.vllm_eagle3.build_tree(
             growth.tokens_BC,
             growth.scores_BC,

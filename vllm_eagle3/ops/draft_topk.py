@@ -6,6 +6,8 @@ from vllm_eagle3.ops.dispatch import Impl, check, check_same_device, check_vecto
 
 MAX_K = 16  # of the compiled kernel; "auto" runs torch beyond
 _LOGITS = (torch.bfloat16, torch.float16, torch.float32)
+_BLOCK_BYTES = 256 * 16  # one vector for each thread of a block
+_MAX_SPLITS = 64  # one warp merges the splits of a row
 
 
 def draft_topk(
@@ -49,10 +51,9 @@ def draft_topk(
     if offsets_V is not None:
         check_vector("offsets_V", offsets_V, vocabulary, torch.int64)
         check_same_device(logits_MV=logits_MV, offsets_V=offsets_V)
-    chosen = resolve(impl, logits_MV.device, ())
-    if chosen == "extension":
+    if resolve(impl, logits_MV.device, ("extension",)) == "extension":
         if k <= MAX_K and logits_MV.dtype in _LOGITS and logits_MV.stride(1) == 1:
-            return torch.ops.vllm_eagle3.draft_topk(logits_MV, k, offsets_V)
+            return _draft_topk_extension(logits_MV, k, offsets_V)
         check(
             impl == "auto",
             f'impl="extension" takes at most {MAX_K} children of bfloat16, float16 or float32 '
@@ -60,6 +61,36 @@ def draft_topk(
             f'{logits_MV.stride()}: use impl="auto"',
         )
     return _draft_topk_torch(logits_MV, k, offsets_V)
+
+
+def _draft_topk_extension(
+    logits_MV: torch.Tensor, k: int, offsets_V: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rows, vocabulary = logits_MV.shape
+    num_splits = _num_splits(num_rows, vocabulary * logits_MV.element_size(), logits_MV.device)
+
+    def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits_MV.device)
+
+    log_probs_MK = empty(torch.float32, num_rows, k)
+    tokens_MK = empty(torch.int64, num_rows, k)
+    torch.ops.vllm_eagle3.draft_topk(
+        logits_MV,
+        offsets_V,
+        empty(torch.int64, num_rows, num_splits, k),
+        empty(torch.float32, num_rows, num_splits, 2),
+        log_probs_MK,
+        tokens_MK,
+    )
+    return log_probs_MK, tokens_MK
+
+
+def _num_splits(num_rows: int, row_bytes: int, device: torch.device) -> int:
+    """Blocks that share a row: two for each multiprocessor, if each thread then has work."""
+    if device.type != "cuda" or num_rows == 0:
+        return 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(2 * processors // num_rows, -(-row_bytes // _BLOCK_BYTES), _MAX_SPLITS))
 
 
 def _draft_topk_torch(

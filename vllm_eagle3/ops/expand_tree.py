@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_eagle3.config import MAX_EXPANDED
 from vllm_eagle3.ops.dispatch import (
     Impl,
     check,
@@ -86,7 +87,7 @@ def expand_tree(
     )
     if num_reqs == 0:
         return
-    if resolve(impl, log_probs_MK.device, ()) == "extension":
+    if use_extension(impl, growth):
         torch.ops.vllm_eagle3.expand_tree(
             growth.tokens_BC,
             growth.scores_BC,
@@ -115,6 +116,18 @@ def expand_tree(
 def pool_size(level: int, top_k: int) -> int:
     """Candidates offered up to a level: ``K + (level - 1) * K * K``."""
     return top_k + (level - 1) * top_k**2
+
+
+def use_extension(impl: Impl, growth: GrowthBuffers) -> bool:
+    """Whether the compiled kernel runs, which keeps a frontier of at most 64."""
+    K = growth.frontier_bits_BK.shape[1]
+    if resolve(impl, growth.tokens_BC.device, ("extension",)) != "extension":
+        return False
+    check(
+        K <= MAX_EXPANDED or impl == "auto",
+        f'impl="extension" takes a top_k of at most {MAX_EXPANDED}, got {K}: use impl="auto"',
+    )
+    return K <= MAX_EXPANDED
 
 
 def expansion_of(growth: GrowthBuffers, level: int, num_reqs: int) -> Expansion:

@@ -12,11 +12,20 @@ import torch
 
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 REMEDY = (
-    "build it with `pip install --no-build-isolation vllm-eagle3`, from a source checkout "
-    "`pip install --no-build-isolation -e .`, in an environment that has torch >= 2.11, "
-    "setuptools >= 77 and nvcc"
+    "build it in an environment with torch >= 2.11, setuptools >= 77 and nvcc: from a checkout "
+    "`python setup.py build_ext --inplace`, else `pip install --force-reinstall --no-deps "
+    "--no-build-isolation --no-binary vllm-eagle3 vllm-eagle3`"
 )
-OPS = ("accepted_row_index", "compact_kv", "fuse_features", "gather_tree_rows", "verify_tree")
+OPS = (
+    "accepted_row_index",
+    "build_tree",
+    "compact_kv",
+    "draft_topk",
+    "expand_tree",
+    "fuse_features",
+    "gather_tree_rows",
+    "verify_tree",
+)
 
 
 @cache
@@ -24,8 +33,8 @@ def load() -> bool:
     """Whether the compiled operations can be called; loads them at the first call.
 
     Raises:
-        RuntimeError: the library is there and does not load. Serving on without it would be
-            slower, and nobody would know.
+        RuntimeError: the library is there and does not load, or lacks an operation. Serving
+            on without it would be slower, and nobody would know.
     """
     if not LIBRARY.exists():
         return False
@@ -35,6 +44,8 @@ def load() -> bool:
         raise RuntimeError(
             f"{LIBRARY} was built for another torch or machine ({error}): {REMEDY}"
         ) from error
+    if missing := [name for name in OPS if not hasattr(torch.ops.vllm_eagle3, name)]:
+        raise RuntimeError(f"{LIBRARY} was built from other sources (no {missing}): {REMEDY}")
     for name in OPS:
         torch.library.register_fake(f"vllm_eagle3::{name}", _writes_in_place)
     return True
