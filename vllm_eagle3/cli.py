@@ -54,6 +54,13 @@ COMMANDS = (
         "vllm_eagle3.bench.acceptance",
         "mean acceptance length of chains and trees",
     ),
+    Command(
+        ("bench", "speed"),
+        "vllm_eagle3.bench.speed",
+        "tokens per second of plain decoding, chains and trees, side by side",
+        "bench",
+    ),
+    Command(("bench", "plot"), "vllm_eagle3.bench.plot", "plots of such a measurement", "bench"),
 )
 _GROUPS = {("data",): "make training data", ("bench",): "measure"}
 

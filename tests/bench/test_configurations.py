@@ -3,7 +3,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from vllm_eagle3.bench import configurations
-from vllm_eagle3.bench.configurations import PLAIN, chain, check_plugin, tree
+from vllm_eagle3.bench.configurations import PLAIN, chain, check_plugin, parse_tree, tree
 
 
 def test_what_each_way_asks_of_vllm():
@@ -34,3 +34,18 @@ def test_a_tree_needs_the_installed_entry_point(monkeypatch):
     value = "vllm_eagle3.engine.plugin:register"
     found.append(EntryPoint("any_name", value, "vllm.general_plugins"))
     check_plugin([PLAIN, tree(8)])
+
+
+def test_trees_as_the_command_line_names_them():
+    default, shaped = parse_tree("31"), parse_tree("31/5/4")
+    assert (default.name, shaped.name) == ("tree-31", "tree-31-5-4")
+    assert default.shape == {"depth": 6, "top_k": 8}
+    assert shaped.shape == {"depth": 5, "top_k": 4}
+    for text in ("31/5", "a", "31/5/4/1", "31/-5/4"):
+        with pytest.raises(ValueError, match="as in 31"):
+            parse_tree(text)
+
+
+def test_forwards_of_the_draft():
+    forwards = [c.draft_forwards for c in (PLAIN, chain(5), tree(31, 4, 8))]
+    assert forwards == [0, 5, 4]

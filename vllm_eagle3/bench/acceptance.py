@@ -21,7 +21,6 @@ from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, check_
 from vllm_eagle3.bench.jobs import WorkerError, run_worker
 from vllm_eagle3.bench.questions import DEFAULT_DATA, Question, load_questions
 from vllm_eagle3.bench.results import Run, summarize
-from vllm_eagle3.config import TreeConfig
 
 _MEMORY_SHARE = 0.9
 
@@ -122,7 +121,7 @@ def merge(
                 "name": configuration.name,
                 "num_speculative_tokens": configuration.num_speculative_tokens,
                 "tree": configuration.tree,
-                "shape": _shape(configuration),
+                "shape": configuration.shape,
                 **summarize(result, reference, cells),
             }
             for configuration, result in zip(configurations, runs, strict=True)
@@ -142,12 +141,6 @@ def _configurations(args: argparse.Namespace) -> list[Configuration]:
     if len({configuration.name for configuration in configurations}) < len(configurations):
         raise ValueError("--chain and --tree: name each number of drafts once")
     return configurations
-
-
-def _shape(configuration: Configuration) -> dict[str, int] | None:
-    if configuration.tree is None:
-        return None
-    return TreeConfig.from_dict(configuration.tree, configuration.num_speculative_tokens).to_dict()
 
 
 def _job(

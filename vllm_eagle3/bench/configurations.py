@@ -1,7 +1,7 @@
 """The engine configurations that a benchmark compares."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -38,6 +38,19 @@ class Configuration:
             config["tree"] = self.tree
         return config
 
+    @property
+    def shape(self) -> dict[str, int] | None:
+        """Depth and top-k of the tree; None for the others."""
+        if self.tree is None:
+            return None
+        return TreeConfig.from_dict(self.tree, self.num_speculative_tokens).to_dict()
+
+    @property
+    def draft_forwards(self) -> int:
+        """Forwards of the draft for each one of the target."""
+        shape = self.shape
+        return shape["depth"] if shape else self.num_speculative_tokens or 0
+
 
 PLAIN = Configuration("plain")
 
@@ -60,6 +73,22 @@ def tree(
     return Configuration(
         f"tree-{num_speculative_tokens}", num_speculative_tokens, tree=shape or True
     )
+
+
+def parse_tree(text: str) -> Configuration:
+    """A tree as the command line names it: ``N``, or ``N/D/K`` with depth and top-k.
+
+    Raises:
+        ValueError: another form, or a shape that no tree can have.
+    """
+    sizes = text.split("/")
+    if len(sizes) not in (1, 3) or not all(size.isdecimal() for size in sizes):
+        raise ValueError(
+            f"--tree {text}: give the number of draft tokens, as in 31, or also depth and"
+            " top-k, as in 31/6/8"
+        )
+    configuration = tree(*map(int, sizes))
+    return replace(configuration, name="tree-" + "-".join(sizes))
 
 
 def check_plugin(configurations: Sequence[Configuration]) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def run_worker(
     Raises:
         WorkerError: the worker failed, was killed, or ended without its last event.
     """
-    with _Worker(job, log_path, timeout) as worker:
+    with WorkerProcess(job, log_path, timeout) as worker:
         for event in worker.events():
             yield event
             if event["event"] == "done":
@@ -45,33 +45,60 @@ def run_worker(
                 worker.wait(_SHUTDOWN_SECONDS)
                 return
         failure = worker.wait()
-    raise WorkerError(f"the engine's process {failure}; its last lines:\n{_tail(log_path)}")
+    raise worker_error(failure, log_path)
 
 
-class _Worker:
-    """A worker process, its group, and the pipe of its events."""
+def worker_error(failure: str, log_path: Path) -> WorkerError:
+    """An error that says how the worker ended, with the last lines of its log."""
+    return WorkerError(f"the engine's process {failure}; its last lines:\n{_tail(log_path)}")
 
-    def __init__(self, job: dict[str, Any], log_path: Path, timeout: float | None) -> None:
+
+class WorkerProcess:
+    """A worker process, its group, and the pipes of its events and commands.
+
+    Args:
+        job: what the worker reads from its first argument, a JSON file.
+        log_path: receives what the worker and vLLM print.
+        timeout: seconds after which the worker is killed.
+        module: the worker's module, called as ``python -m MODULE JOB.json EVENT_FD``.
+        obeys: whether it reads commands from stdin, one JSON object a line. Such a worker
+            ends at the end of its input, so it never outlives this process.
+        environment: variables of the worker beside those of this process.
+    """
+
+    def __init__(
+        self,
+        job: dict[str, Any],
+        log_path: Path,
+        timeout: float | None = None,
+        *,
+        module: str = "vllm_eagle3.bench.worker",
+        obeys: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._job = job
         self._log_path = log_path
         self._timeout = timeout
+        self._module = module
+        self._obeys = obeys
+        self._environment = environment or {}
         self._failure = ""
 
-    def __enter__(self) -> "_Worker":
+    def __enter__(self) -> "WorkerProcess":
         with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
             json.dump(self._job, file)
         self._job_path = Path(file.name)
         read_fd, write_fd = os.pipe()
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_eagle3.bench.worker", file.name, str(write_fd)],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-m", self._module, file.name, str(write_fd)],
+                stdin=subprocess.PIPE if self._obeys else subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(write_fd,),
                 # The worker asks whether there is a GPU and may fork its engine afterwards:
                 # asked through CUDA instead of NVML, the engine could not use the GPU.
-                env={**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+                env={**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", **self._environment},
                 start_new_session=True,
             )
         os.close(write_fd)
@@ -79,6 +106,13 @@ class _Worker:
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
         return self
+
+    def send(self, command: dict[str, Any]) -> None:
+        """Write one command; a worker that is gone is noticed where its events end."""
+        assert self._process.stdin is not None, "this worker takes no commands"
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(command).encode() + b"\n")
+            self._process.stdin.flush()
 
     def events(self) -> Iterator[dict[str, Any]]:
         for line in self._pipe:
@@ -97,16 +131,20 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self._failure = f"took longer than {self._timeout:.0f} s"
         # The engine may live in children of the worker, which hold the pipe open.
-        self._kill()
+        self.kill()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """End the worker and all that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def __exit__(self, *_: object) -> None:
-        self._kill()
+        self.kill()
         self._watcher.join()
         self._pipe.close()
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         self._job_path.unlink()
 
 

@@ -15,12 +15,12 @@ def render(results: dict[str, Any]) -> str:
     header = ["configuration", *(f"{_TITLES.get(d, d)}, T={t:g}" for d, t in cells)]
     parts = [
         "Mean acceptance length tau: tokens for each target forward.",
-        _table(header, [[_label(e), *(_tau(e, *cell) for cell in cells)] for e in drafting]),
+        table(header, [[_label(e), *(_tau(e, *cell) for cell in cells)] for e in drafting]),
     ]
     if any("identity" in cell for entry in configurations for cell in entry["cells"]):
         parts += [
             "Turns with the very tokens of plain decoding, of those compared.",
-            _table(
+            table(
                 header, [[_label(e), *(_identity(e, *cell) for cell in cells)] for e in drafting]
             ),
         ]
@@ -52,7 +52,7 @@ def render(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -31,88 +31,26 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm_eagle3.bench.llm import build_engine, describe, read_counters
 from vllm_eagle3.bench.questions import chat_prompt
-from vllm_eagle3.engine.interpreter import is_prepared, prepare
+from vllm_eagle3.engine.interpreter import is_prepared
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 Emit = Callable[[dict[str, Any]], None]
 
-_BLOCK_SLACK = 256  # tokens: a last block that is not full, and slots of drafts
-
-_COUNTERS = {
-    "vllm:spec_decode_num_drafts": "drafts",
-    "vllm:spec_decode_num_draft_tokens": "draft_tokens",
-    "vllm:spec_decode_num_accepted_tokens": "accepted_tokens",
-    "vllm:num_preemptions": "preemptions",
-}
-
 
 def run(job: dict[str, Any], emit: Emit) -> None:
     """Answer the job's conversations, reporting through ``emit``."""
-    llm = _build_engine(job["engine"])
-    emit({"event": "ready", **_versions(llm)})
+    llm = build_engine(job["engine"])
+    emit({"event": "ready", **describe(llm)})
     for number, settings in enumerate(job["passes"]):
         if number:
             # Or the second pass would find its whole prompts in the cache.
             llm.reset_prefix_cache()
         _Pass(llm, settings, job.get("stream", False), emit).run()
     emit({"event": "done"})
-
-
-def _build_engine(settings: dict[str, Any]) -> "LLM":
-    import torch
-
-    settings = dict(settings)
-    if not torch.cuda.is_available():
-        prepare()
-        settings["enforce_eager"] = True
-    if settings.get("dtype") is None:
-        # Float32 where speed is no aim: there identity with plain decoding is exact.
-        settings["dtype"] = "auto" if torch.cuda.is_available() else "float32"
-    if settings.get("kv_cache_memory_bytes") is None:
-        settings["kv_cache_memory_bytes"] = _kv_cache_bytes(settings)
-    from vllm import LLM
-
-    # Without statistics there are no counters to read.
-    return LLM(**settings, disable_log_stats=False)
-
-
-def _kv_cache_bytes(settings: dict[str, Any]) -> int:
-    """Memory for all sequences at full length, so that none is ever preempted.
-
-    Stated and not left to vLLM, whose measurement of free memory goes wrong when other
-    engines start and end on the same device.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(settings["model"]).get_text_config()
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    element = 4 if settings["dtype"] == "float32" else 2
-    layers = config.num_hidden_layers + 1  # the head's
-    tokens = (settings["max_num_seqs"] + 1) * (settings["max_model_len"] + _BLOCK_SLACK)
-    return 2 * kv_heads * head_dim * element * layers * tokens
-
-
-def _versions(llm: "LLM") -> dict[str, Any]:
-    import torch
-    import vllm
-    from vllm.platforms import current_platform
-
-    import vllm_eagle3
-
-    cuda = current_platform.is_cuda_alike()
-    return {
-        "vllm_eagle3": vllm_eagle3.__version__,
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "device": current_platform.get_device_name() if cuda else "CPU (Triton's interpreter)",
-        "dtype": str(llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."),
-    }
 
 
 class _Turn:
@@ -150,14 +88,14 @@ class _Pass:
         self.turns: dict[str, _Turn] = {}
 
     def run(self) -> None:
-        before = self._counters()
+        before = read_counters(self.llm)
         start = time.monotonic()
         for conversation in self.settings["conversations"]:
             self._ask(_Turn(conversation, []))
         while self.engine.has_unfinished_requests():
             for output in self.engine.step():
                 self._receive(output)
-        counters = {name: value - before[name] for name, value in self._counters().items()}
+        counters = {name: value - before[name] for name, value in read_counters(self.llm).items()}
         self.emit(
             {
                 "event": "pass",
@@ -221,13 +159,6 @@ class _Pass:
         self.emit(event)
         if turn.number + 1 < len(turn.conversation["turns"]):
             self._ask(_Turn(turn.conversation, [*turn.answers, turn.text]))
-
-    def _counters(self) -> dict[str, int]:
-        values = dict.fromkeys(_COUNTERS.values(), 0)
-        for metric in self.llm.get_metrics():
-            if metric.name in _COUNTERS:
-                values[_COUNTERS[metric.name]] += metric.value
-        return values
 
 
 def _runner_up(token: int, logprobs: dict[int, Any]) -> list[float]:

@@ -1,0 +1,119 @@
+"""``vllm-eagle3 bench speed``: plain decoding, vLLM's chains and draft trees, side by side.
+
+All engines live at once on one GPU, each in a process of its own, and only one is busy at a
+time. For each batch size and temperature every configuration answers the same prompts, repeat
+by repeat in rotating order, with outputs of a fixed length (equal work). Figures are medians
+over the repeats; ratios are taken within a repeat. See :mod:`vllm_eagle3.bench.ratios`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from vllm_eagle3.bench.comparison import Comparison, Settings
+from vllm_eagle3.bench.configurations import (
+    PLAIN,
+    Configuration,
+    chain,
+    check_plugin,
+    parse_tree,
+)
+from vllm_eagle3.bench.questions import DEFAULT_DATA, load_questions
+from vllm_eagle3.bench.schedule import Cell, make_prompts
+from vllm_eagle3.bench.speed_results import SpeedResults
+
+_TREES = ["15/4/8", "31/6/8"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    add = parser.add_argument
+    add("--target", required=True, help="target model: a folder or a name that vLLM loads")
+    add("--head", required=True, help="its EAGLE-3 head")
+    add("--chain", nargs="*", type=int, default=[1, 3, 5, 7], help="drafts of vLLM's chains")
+    add("--tree", nargs="*", default=_TREES, help="trees, as N or N/DEPTH/TOP_K")
+    add("--no-plain", action="store_true", help="leave plain decoding out")
+    add("--batch", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="batch sizes")
+    add("--temperature", nargs="+", type=float, default=[0.0, 1.0])
+    add("--repeats", type=int, default=10)
+    add("--max-tokens", type=int, default=96, help="tokens of every output")
+    add("--prompts-per-repeat", type=int, default=3, help="at least; in batches of full size")
+    add("--max-prompt", type=int, default=384, help="leave longer prompts out (tokens)")
+    add(
+        "--data",
+        nargs="+",
+        type=Path,
+        default=DEFAULT_DATA,
+        help='JSON lines with "turns" (default: MT-bench, HumanEval and GSM8K, mixed)',
+    )
+    add("--seed", type=int, default=0)
+    add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
+    add("--engines-at-once", type=int, default=6, help="more go in rounds, with anchors")
+    add("--max-num-batched-tokens", type=int, default=8192)
+    add(
+        "--capture",
+        choices=["batches", "vllm"],
+        default="batches",
+        help="CUDA graphs for 1, 2, 4, 8, 16, 24... requests (default), or vLLM's own choice",
+    )
+    add("--enforce-eager", action="store_true", help="without CUDA graphs: no fair comparison")
+    add("--engine", type=json.loads, default={}, help="further arguments of LLM, a JSON object")
+    add("--profile", nargs="*", type=int, default=[], help="batch sizes of which steps are split")
+    add("--profile-steps", type=int, default=30)
+    add("--keep-traces", action="store_true", help="leave the profiler's traces beside the logs")
+    add("--compile-cache", type=Path, help="a folder where each engine keeps its compiled code")
+    add("--start-timeout", type=float, default=400, help="seconds until all engines must stand")
+    add("--timeout", type=float, default=180, help="seconds for one measurement of one engine")
+    add("--time-budget", type=float, help="seconds after which no further repeat is begun")
+    add("--output", type=Path, required=True, help="JSON file; tables and plots go beside it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 0 if every configuration finished, else 1.
+
+    Raises:
+        ValueError: a setting that cannot work, before any engine starts.
+    """
+    configurations = _configurations(args)
+    check_plugin(configurations)
+    _check(args)
+    from transformers import AutoTokenizer
+
+    questions = load_questions(args.data)
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    prompts = make_prompts(tokenizer, questions, args.max_prompt, args.seed)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    results = SpeedResults.create(args, configurations, prompts)
+    settings = Settings.from_arguments(args, prompts, configurations)
+    comparison = Comparison(settings, configurations, prompts, results)
+    comparison.run([Cell(batch, t) for batch in args.batch for t in args.temperature])
+    results.write_plots()
+    print(results.render())
+    return 1 if results.errors else 0
+
+
+def _configurations(args: argparse.Namespace) -> list[Configuration]:
+    configurations = [] if args.no_plain else [PLAIN]
+    configurations += [chain(count) for count in args.chain]
+    configurations += [parse_tree(text) for text in args.tree]
+    if not configurations:
+        raise ValueError("nothing to measure: give --chain, --tree, or leave --no-plain out")
+    if len({configuration.name for configuration in configurations}) < len(configurations):
+        raise ValueError("--chain and --tree: name each one once")
+    return configurations
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("repeats", "max_tokens", "engines_at_once", "prompts_per_repeat"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("batch", "profile"):
+        if min(getattr(args, name), default=1) < 1:
+            raise ValueError(f"--{name}: a batch has at least one request")
+    if max(args.profile, default=0) > max(args.batch):
+        raise ValueError(f"--profile: at most the largest batch, {max(args.batch)}")
+    if args.max_tokens < 2:
+        raise ValueError("--max-tokens must be at least 2: the first token decodes nothing")
+    if args.enforce_eager:
+        print("vllm-eagle3: without CUDA graphs nothing here is a fair speed", file=sys.stderr)
