@@ -8,9 +8,12 @@ from vllm_eagle3 import ops
 from vllm_eagle3.ops import dispatch
 
 
-def test_auto_is_triton_on_a_gpu_only():
-    assert dispatch.resolve("auto", torch.device("cuda")) == "triton"
-    assert dispatch.resolve("auto", torch.device("cpu")) == "torch"
+def test_auto_is_the_first_kernel_on_a_gpu_and_torch_elsewhere():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for kernels in (("triton",), ("extension", "triton"), ("extension",)):
+        assert dispatch.resolve("auto", cuda, kernels) == kernels[0]
+        assert dispatch.resolve("auto", cpu, kernels) == "torch"
+    assert dispatch.resolve("auto", cuda, ()) == "torch"
 
 
 def test_triton_without_a_gpu_needs_the_interpreter(monkeypatch):
@@ -21,8 +24,11 @@ def test_triton_without_a_gpu_needs_the_interpreter(monkeypatch):
 
 
 def test_an_unknown_implementation_is_refused():
+    cpu = torch.device("cpu")
     with pytest.raises(ValueError, match="impl must be"):
-        dispatch.resolve("cuda", torch.device("cpu"))
+        dispatch.resolve("cuda", cpu, ("extension", "triton"))
+    with pytest.raises(ValueError, match='one of "auto", "torch", "triton", got'):
+        dispatch.resolve("extension", cpu, ("triton",))
 
 
 def test_tensors_of_two_devices_are_named():
@@ -32,7 +38,7 @@ def test_tensors_of_two_devices_are_named():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU can be waited for")
-def test_no_operation_waits_for_the_gpu():
+def test_no_operation_waits_for_the_gpu_and_all_can_be_captured():
     num_slots, num_nodes = 9, 12
     batch = mixed_batch(0, num_slots, num_nodes)
     rows = batch.rows
@@ -51,6 +57,9 @@ def test_no_operation_waits_for_the_gpu():
     in_tree = {name: value for name, value in case.inputs.items() if name not in in_cache}
     settings = case.settings
 
+    token_ids_T, states = linear_T.clone(), torch.randn(batch.num_tokens, 8, device=DEVICE)
+    fused = torch.zeros(batch.num_tokens, 24, device=DEVICE)
+
     def run_all() -> None:
         ops.gather_tree_rows(
             bits_RN,
@@ -65,7 +74,10 @@ def test_no_operation_waits_for_the_gpu():
         slots, logits = rows["idx_mapping_B"], rows["cu_num_logits_B1"]
         state = (parents_RN, slots, logits, path_RN, path_len_R)
         ops.verify_tree(tokens_L, tokens_L, *state, num_nodes=num_nodes)
-        ops.accepted_row_index(path_RN, path_len_R, **rows, num_tokens=batch.num_tokens)
+        index_T = ops.accepted_row_index(
+            path_RN, path_len_R, **rows, num_tokens=batch.num_tokens, token_ids_T=token_ids_T
+        )
+        ops.fuse_features([states] * 3, index_T, [], 1e-5, fused)
         ops.compact_kv(table, linear_T.unsqueeze(0), path_RN, path_len_R, **rows)
         ops.tree_attention(**case.inputs, out_THD=out, **settings)
         ops.finish_tree_attention(**in_tree, out_THD=out, lse_HT=lse, **settings)
@@ -77,3 +89,10 @@ def test_no_operation_waits_for_the_gpu():
         run_all()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    expected = fused.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run_all()
+    fused.zero_()
+    graph.replay()
+    assert torch.equal(fused, expected)
