@@ -9,6 +9,14 @@ import torch
 
 from vllm_eagle3.tree.mask import bits_to_mask
 
+Scale = float | torch.Tensor
+# Of query (None: not quantised), keys and values, all on the device or none.
+Scales = tuple[Scale | None, Scale, Scale]
+# Keys and values of the nodes of a draft's levels, [rows, kv heads, D] of the same strides.
+Scratch = tuple[torch.Tensor, torch.Tensor]
+
+_E4M3_MAX = 448.0
+
 
 def tree_attention_torch(
     query_THD: torch.Tensor,
@@ -25,15 +33,20 @@ def tree_attention_torch(
     out_THD: torch.Tensor,
     *,
     scale: float,
-    max_query_len: int,
-    max_tree_len: int,
     softcap: float,
     sliding_window: int | None,
+    scratch: Scratch | None,
+    scales: Scales | None,
 ) -> None:
     """See :func:`vllm_eagle3.ops.tree_attention`."""
     block_size = key_cache.shape[1]
     prefix_lens = prefix_lens_B.tolist()
-    for b, rows, tree_rows in _requests(query_start_loc_B1, tree_start_B, tree_lens_B):
+    requests = _requests(query_start_loc_B1, tree_start_B, tree_lens_B)
+    tree_key_SHD, tree_value_SHD = _all_levels(tree_key_SHD, tree_value_SHD, scratch, requests)
+    query_THD, tree_key_SHD, tree_value_SHD = _dequantised(
+        query_THD, tree_key_SHD, tree_value_SHD, scales
+    )
+    for b, rows, tree_rows in requests:
         prefix_len = prefix_lens[b]
         pages = block_table_BP[b, : -(-prefix_len // block_size)].long()
         mask_QS = _visible(ancestor_bits_T[rows], prefix_len, tree_rows, sliding_window)
@@ -41,8 +54,13 @@ def tree_attention_torch(
         first = 0 if sliding_window is None else max(0, prefix_len - sliding_window)
         mask_QS, used = mask_QS[:, first:], slice(first, prefix_len)
         # [pages * block size, kv heads, D], cut to what is used.
-        key_SHD = torch.cat([key_cache[pages].flatten(0, 1)[used], tree_key_SHD[tree_rows]])
-        value_SHD = torch.cat([value_cache[pages].flatten(0, 1)[used], tree_value_SHD[tree_rows]])
+        prefix_key_SHD = key_cache[pages].flatten(0, 1)[used].float()
+        prefix_value_SHD = value_cache[pages].flatten(0, 1)[used].float()
+        if scales is not None:
+            prefix_key_SHD = prefix_key_SHD * scales[1]
+            prefix_value_SHD = prefix_value_SHD * scales[2]
+        key_SHD = torch.cat([prefix_key_SHD, tree_key_SHD[tree_rows].float()])
+        value_SHD = torch.cat([prefix_value_SHD, tree_value_SHD[tree_rows].float()])
         scores_HQS = _scores(query_THD[rows], key_SHD, mask_QS, scale, softcap)
         out_THD[rows] = _weighted_sum(_softmax(scores_HQS), value_SHD, out_THD.dtype)
 
@@ -59,12 +77,17 @@ def finish_tree_attention_torch(
     ancestor_bits_T: torch.Tensor,
     *,
     scale: float,
-    max_query_len: int,
-    max_tree_len: int,
     softcap: float,
+    scratch: Scratch | None,
+    scales: Scales | None,
 ) -> None:
     """See :func:`vllm_eagle3.ops.finish_tree_attention`."""
-    for _, rows, tree_rows in _requests(query_start_loc_B1, tree_start_B, tree_lens_B):
+    requests = _requests(query_start_loc_B1, tree_start_B, tree_lens_B)
+    tree_key_SHD, tree_value_SHD = _all_levels(tree_key_SHD, tree_value_SHD, scratch, requests)
+    query_THD, tree_key_SHD, tree_value_SHD = _dequantised(
+        query_THD, tree_key_SHD, tree_value_SHD, scales
+    )
+    for _, rows, tree_rows in requests:
         mask_QS = _visible(ancestor_bits_T[rows], 0, tree_rows, None)
         scores_HQS = _scores(query_THD[rows], tree_key_SHD[tree_rows], mask_QS, scale, softcap)
         prefix_HQ1 = lse_HT[:, rows].unsqueeze(2)
@@ -88,6 +111,47 @@ def _requests(
         for b, (start, end) in enumerate(itertools.pairwise(starts))
         if end > start
     ]
+
+
+def _all_levels(
+    tree_key_SHD: torch.Tensor,
+    tree_value_SHD: torch.Tensor,
+    scratch: Scratch | None,
+    requests: list[tuple[int, slice, slice]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of all nodes: the scratch buffers, once they hold the new level."""
+    if scratch is None:
+        return tree_key_SHD, tree_value_SHD
+    for _, rows, tree_rows in requests:
+        level = slice(tree_rows.stop - (rows.stop - rows.start), tree_rows.stop)
+        scratch[0][level] = tree_key_SHD[rows]
+        scratch[1][level] = tree_value_SHD[rows]
+    return scratch
+
+
+def _dequantised(
+    query_THD: torch.Tensor,
+    tree_key_SHD: torch.Tensor,
+    tree_value_SHD: torch.Tensor,
+    scales: Scales | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The query, and keys and values as they would come back from a cache of e4m3."""
+    if scales is None:
+        return query_THD, tree_key_SHD, tree_value_SHD
+    query_scale, key_scale, value_scale = scales
+
+    def through_cache(rows_SHD: torch.Tensor, scale: Scale) -> torch.Tensor:
+        # torch does not saturate, the cache's write does.
+        units = (rows_SHD.float() / scale).clamp(-_E4M3_MAX, _E4M3_MAX)
+        return units.to(torch.float8_e4m3fn).float() * scale
+
+    if query_scale is not None:
+        query_THD = query_THD.float() * query_scale
+    return (
+        query_THD,
+        through_cache(tree_key_SHD, key_scale),
+        through_cache(tree_value_SHD, value_scale),
+    )
 
 
 def _visible(

@@ -2,148 +2,17 @@
 
 import torch
 import triton
-import triton.language as tl
 
-from vllm_eagle3.ops.kernels.softmax import (
-    attend_tree,
-    popcount,
-    scale_scores,
-    update_softmax,
+from vllm_eagle3.ops.kernels import finish_tree_attention
+from vllm_eagle3.ops.kernels.arguments import scale_arguments, scratch_arguments
+from vllm_eagle3.ops.kernels.prefix_attention import prefix_attention_kernel
+from vllm_eagle3.ops.kernels.tiling import (
+    keys_per_step,
+    score_scales,
+    split_prefixes,
+    tile_sizes,
 )
-from vllm_eagle3.ops.kernels.tiling import keys_per_step, score_scales, tile_grid, tile_sizes
-
-
-@triton.jit
-def _tree_attention_kernel(
-    query_ptr,  # [T, query heads, D]
-    tree_key_ptr,  # [S, kv heads, D]
-    tree_value_ptr,  # [S, kv heads, D]
-    key_cache_ptr,  # [blocks, PAGE, kv heads, D]
-    value_cache_ptr,  # [blocks, PAGE, kv heads, D]
-    block_table_ptr,  # [B, pages]
-    prefix_lens_ptr,  # [B]
-    query_start_loc_ptr,  # [B + 1]
-    tree_start_ptr,  # [B]
-    tree_lens_ptr,  # [B]
-    ancestor_bits_ptr,  # [T]
-    out_ptr,  # [T, query heads, D]
-    query_stride_t,
-    query_stride_h,
-    tree_key_stride_s,
-    tree_key_stride_h,
-    tree_value_stride_s,
-    tree_value_stride_h,
-    key_cache_stride_b,
-    key_cache_stride_n,
-    key_cache_stride_h,
-    value_cache_stride_b,
-    value_cache_stride_n,
-    value_cache_stride_h,
-    block_table_stride,
-    out_stride_t,
-    out_stride_h,
-    inner_scale,
-    outer_scale,
-    window,
-    GROUP: tl.constexpr,  # query heads of one kv head
-    PAGE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    request = tl.program_id(2)
-    start = tl.load(query_start_loc_ptr + request)
-    num_rows = tl.load(query_start_loc_ptr + request + 1) - start
-    if tile * BLOCK_M >= num_rows * GROUP:
-        return
-
-    member = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = start + member // GROUP
-    head = kv_head * GROUP + member % GROUP
-    in_request = member < num_rows * GROUP
-    dim = tl.arange(0, BLOCK_D)
-    in_head = dim < HEAD_DIM
-    in_tile = in_request[:, None] & in_head[None, :]
-    query_at = row.to(tl.int64) * query_stride_t + head * query_stride_h
-    query = tl.load(query_ptr + query_at[:, None] + dim[None, :], mask=in_tile, other=0.0).to(DOT)
-    bits = tl.load(ancestor_bits_ptr + row, mask=in_request, other=0)
-
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-
-    prefix_len = tl.load(prefix_lens_ptr + request)
-    first_position = 0
-    if HAS_WINDOW:
-        row_position = prefix_len + popcount(bits) - 1
-        # The root sees furthest back; whole blocks before that are hidden from all rows.
-        first_position = tl.maximum(prefix_len - window, 0) // BLOCK_N * BLOCK_N
-    key_cache_ptr += kv_head * key_cache_stride_h
-    value_cache_ptr += kv_head * value_cache_stride_h
-    block_table_ptr += request.to(tl.int64) * block_table_stride
-    for first in range(first_position, prefix_len, BLOCK_N):
-        position = first + tl.arange(0, BLOCK_N)
-        in_prefix = position < prefix_len
-        if HAS_WINDOW:
-            # Pages before every row's window may have been freed and hold another request's.
-            in_prefix = in_prefix & (position >= prefix_len - window)
-        page = tl.load(block_table_ptr + position // PAGE, mask=in_prefix, other=0).to(tl.int64)
-        key_at = page * key_cache_stride_b + position % PAGE * key_cache_stride_n
-        value_at = page * value_cache_stride_b + position % PAGE * value_cache_stride_n
-        # Rows past the prefix may hold anything, NaN too, which no weight of 0 would hide.
-        key = tl.load(
-            key_cache_ptr + key_at[None, :] + dim[:, None],
-            mask=in_prefix[None, :] & in_head[:, None],
-            other=0.0,
-        )
-        value = tl.load(
-            value_cache_ptr + value_at[:, None] + dim[None, :],
-            mask=in_prefix[:, None] & in_head[None, :],
-            other=0.0,
-        )
-        visible = in_request[:, None] & in_prefix[None, :]
-        if HAS_WINDOW:
-            visible = visible & (position[None, :] > row_position[:, None] - window)
-        scores = tl.dot(query, key.to(DOT), input_precision=PRECISION)
-        scores = scale_scores(scores, inner_scale, outer_scale, HAS_SOFTCAP)
-        scores = tl.where(visible, scores, float("-inf"))
-        acc, peak, total = update_softmax(acc, peak, total, scores, value, DOT, PRECISION)
-
-    tree_row = tl.load(tree_start_ptr + request).to(tl.int64)
-    acc, peak, total = attend_tree(
-        query,
-        bits,
-        acc,
-        peak,
-        total,
-        tree_key_ptr + tree_row * tree_key_stride_s + kv_head * tree_key_stride_h,
-        tree_value_ptr + tree_row * tree_value_stride_s + kv_head * tree_value_stride_h,
-        tree_key_stride_s,
-        tree_value_stride_s,
-        tl.load(tree_lens_ptr + request),
-        inner_scale,
-        outer_scale,
-        window,
-        HEAD_DIM,
-        BLOCK_D,
-        BLOCK_S,
-        HAS_SOFTCAP,
-        HAS_WINDOW,
-        DOT,
-        PRECISION,
-    )
-    out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    out_at = row.to(tl.int64) * out_stride_t + head * out_stride_h
-    out_ptrs = out_ptr + out_at[:, None] + dim[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+from vllm_eagle3.ops.reference import Scales, Scratch
 
 
 def launch(
@@ -163,16 +32,38 @@ def launch(
     scale: float,
     max_query_len: int,
     max_tree_len: int,
+    max_prefix_len: int,
     softcap: float,
     sliding_window: int | None,
+    scratch: Scratch | None,
+    scales: Scales | None,
+    num_splits: int | None,
 ) -> None:
-    """One program for each tile of rows, kv head and request."""
-    sizes = tile_sizes(query_THD, tree_key_SHD, max_query_len, max_tree_len)
+    """One program for each tile of rows, split of the prefix, kv head and request.
+
+    Splits (FlashDecoding) share a long prefix; the kernel that finishes FlashAttention's output
+    then merges their parts.
+    """
+    num_rows, num_heads, head_dim = query_THD.shape
+    num_kv_heads, batch = tree_key_SHD.shape[1], query_start_loc_B1.shape[0] - 1
+    sizes = tile_sizes(out_THD, tree_key_SHD, max_query_len, max_tree_len)
+    splits = split_prefixes(
+        out_THD, sizes, max_query_len, batch, num_kv_heads, max_prefix_len, num_splits
+    )
+    part = part_lse = None
+    if splits.num_splits > 1:
+        shape = (splits.num_splits, num_rows, num_heads, head_dim)
+        part = torch.empty(shape, dtype=torch.float32, device=out_THD.device)
+        part_lse = part.new_empty(splits.num_splits, num_heads, num_rows)
+    tiles = triton.cdiv(max_query_len * sizes["GROUP"], sizes["BLOCK_M"])
     inner_scale, outer_scale = score_scales(scale, softcap)
-    _tree_attention_kernel[tile_grid(query_start_loc_B1, tree_key_SHD, max_query_len, sizes)](
+    scratch_tensors, scratch_strides = scratch_arguments(scratch)
+    scale_values, scale_constants = scale_arguments(scales)
+    prefix_attention_kernel[tiles * splits.num_splits, num_kv_heads, batch](
         query_THD,
         tree_key_SHD,
         tree_value_SHD,
+        *scratch_tensors,
         key_cache,
         value_cache,
         block_table_BP,
@@ -182,19 +73,54 @@ def launch(
         tree_lens_B,
         ancestor_bits_T,
         out_THD,
+        part,
+        part_lse,
+        *scale_values,
         *query_THD.stride()[:2],
         *tree_key_SHD.stride()[:2],
         *tree_value_SHD.stride()[:2],
+        *scratch_strides,
         *key_cache.stride()[:3],
         *value_cache.stride()[:3],
         block_table_BP.stride(0),
         *out_THD.stride()[:2],
+        num_rows,
         inner_scale,
         outer_scale,
         0 if sliding_window is None else sliding_window,
+        tiles,
+        splits.num_splits,
+        splits.few_splits,
         PAGE=key_cache.shape[1],
-        BLOCK_N=keys_per_step(query_THD),
+        BLOCK_N=keys_per_step(out_THD),
+        LEAST_KEYS=splits.least_keys,
+        MOST_KEYS=splits.most_keys,
+        SPLIT=splits.num_splits > 1,
+        HAS_SCRATCH=scratch is not None,
         HAS_SOFTCAP=softcap > 0.0,
         HAS_WINDOW=sliding_window is not None,
+        **scale_constants,
         **sizes,
     )
+    if splits.num_splits > 1:
+        finish_tree_attention.launch(
+            query_THD,
+            tree_key_SHD,
+            tree_value_SHD,
+            part,
+            part_lse,
+            out_THD,
+            prefix_lens_B,
+            query_start_loc_B1,
+            tree_start_B,
+            tree_lens_B,
+            ancestor_bits_T,
+            scale=scale,
+            max_query_len=max_query_len,
+            max_tree_len=max_tree_len,
+            softcap=softcap,
+            sliding_window=sliding_window,
+            scratch=scratch,
+            scales=scales,
+            splits=splits,
+        )
