@@ -8,8 +8,10 @@ import pytest
 
 from vllm_eagle3.engine import contract, doctor
 from vllm_eagle3.engine.contract import Mismatch
-from vllm_eagle3.engine.doctor import Finding, Machine
+from vllm_eagle3.engine.doctor import Machine
+from vllm_eagle3.engine.findings import Finding
 from vllm_eagle3.engine.ledger import TOUCHED
+from vllm_eagle3.ops import extension
 
 HOPPER = Machine(gpu="NVIDIA H200", capability=(9, 0), cuda="13.0")
 AMPERE = Machine(gpu="NVIDIA A100", capability=(8, 0), cuda="13.0")
@@ -96,6 +98,16 @@ def test_a_gpu_is_named_and_runs_triton(monkeypatch):
     assert found["torch"].detail.endswith("CUDA 13.0")
 
 
+@pytest.mark.parametrize("machine", [HOPPER, NO_GPU])
+def test_a_missing_extension_is_no_problem_and_a_gpu_gains_by_it(monkeypatch, capsys, machine):
+    monkeypatch.setattr(doctor, "look_at_machine", lambda: machine)
+    assert examined()["CUDA extension"].status == "ok"
+    monkeypatch.setattr(extension, "load", lambda: False)
+    assert examined()["CUDA extension"].status == "absent"
+    assert verdict() == 0
+    assert ("build_ext --inplace" in capsys.readouterr().out) == bool(machine.gpu)
+
+
 def problem(name: str) -> Finding:
     """The one finding of that name; everything it breaks is in the exit code and the remedy."""
     finding = examined()[name]
@@ -141,6 +153,13 @@ def test_a_plugin_that_is_left_out(monkeypatch):
     assert doctor.ENTRY_POINT in problem("VLLM_PLUGINS").remedy
     monkeypatch.setenv("VLLM_PLUGINS", f"other,{doctor.ENTRY_POINT}")
     assert verdict() == 0
+
+
+def test_an_extension_that_does_not_load(monkeypatch, tmp_path):
+    monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_C.abi3.so")
+    monkeypatch.setattr(extension, "load", extension.load.__wrapped__)
+    extension.LIBRARY.write_bytes(b"not a library")
+    assert "build_ext --inplace" in problem("CUDA extension").remedy
 
 
 def test_the_first_model_runner(monkeypatch):

@@ -8,41 +8,20 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
-from typing import Literal
 
 import vllm_eagle3
 from vllm_eagle3.engine import contract
+from vllm_eagle3.engine.findings import Finding, render
 from vllm_eagle3.engine.ledger import TOUCHED
 
 GROUP = "vllm.general_plugins"
 ENTRY_POINT = "eagle3_tree"
 _SERVE_WITHOUT_GPU = "python -m vllm_eagle3.engine.interpreter serve MODEL ..."
-
-Status = Literal["ok", "absent", "problem"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        section: its heading.
-        name: what was looked at.
-        status: ``problem`` keeps trees from being served, ``absent`` does not.
-        detail: what was found.
-        remedy: what to do about it; empty if nothing.
-    """
-
-    section: str
-    name: str
-    status: Status
-    detail: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,29 +86,6 @@ def look_at_machine() -> Machine:
         capability=torch.cuda.get_device_capability(0),
         cuda=torch.version.cuda or "",
     )
-
-
-def render(findings: Iterable[Finding]) -> str:
-    """The report for a person: sections, then the verdict and what to do."""
-    findings = list(findings)
-    width = max(len(finding.name) for finding in findings)
-    marks = {"ok": "ok", "absent": "--", "problem": "!!"}
-    lines = []
-    section = ""
-    for finding in findings:
-        if finding.section != section:
-            section = finding.section
-            lines += ["", section]
-        line = f"  {marks[finding.status]}  {finding.name:<{width}}  {finding.detail}"
-        lines.append(line.rstrip())
-    problems = [finding for finding in findings if finding.status == "problem"]
-    if problems:
-        lines += ["", "Draft trees cannot be served here. What to do:"]
-    else:
-        lines += ["", "Draft trees can be served here."]
-    remedies = dict.fromkeys(f.remedy for f in problems or findings if f.remedy)
-    lines += [f"  - {remedy}" for remedy in remedies]
-    return "\n".join(lines[1:])
 
 
 def _installed(machine: Machine) -> Iterator[Finding]:
@@ -238,7 +194,25 @@ def _kernels(machine: Machine) -> Iterator[Finding]:
     else:
         yield Finding(section, "Triton kernels", "absent", "no GPU")
         yield Finding(section, "Triton interpreter", "ok", "on the CPU, for trying and testing")
+    yield _extension(section, machine)
     yield _flash_attention(section, machine)
+
+
+def _extension(section: str, machine: Machine) -> Finding:
+    name = "CUDA extension"
+    if machine.error:
+        return Finding(section, name, "absent", "needs torch")
+    from vllm_eagle3.ops import extension
+
+    try:
+        loaded = extension.load()
+    except RuntimeError as error:
+        return Finding(section, name, "problem", str(error), extension.REMEDY)
+    if loaded:
+        return Finding(section, name, "ok", f"{len(extension.OPS)} operations")
+    # Without a GPU there is nothing to gain by it.
+    remedy = f"steps are faster with the CUDA extension: {extension.REMEDY}" if machine.gpu else ""
+    return Finding(section, name, "absent", "not built; the kernels above do its work", remedy)
 
 
 def _flash_attention(section: str, machine: Machine) -> Finding:
