@@ -1,0 +1,123 @@
+"""From a draft's logits to trees in their slots: all ops of the round together."""
+
+import pytest
+import torch
+
+from tests.ops.rounds import WHERE, skip_where_it_cannot_run
+from vllm_eagle3 import ops
+from vllm_eagle3.config import TreeConfig
+from vllm_eagle3.tree.expand import grow, start
+from vllm_eagle3.tree.rerank import rerank
+from vllm_eagle3.tree.types import DraftTree, GrowthBuffers, TreeBuffers
+
+BATCH, VOCAB = 3, 700
+
+
+class Drafting:
+    """A round whose logits are given, as the engine strings its ops together."""
+
+    def __init__(self, config: TreeConfig, impl: str, device: str) -> None:
+        skip_where_it_cannot_run(impl, device)
+        self.config, self.impl = config, impl
+        K = config.top_k
+        rows = [BATCH, *(BATCH * K for _ in range(config.depth - 1))]
+        self.logits = [torch.zeros(count, VOCAB, device=device) for count in rows]
+        self.offsets_V = torch.arange(VOCAB, device=device) * 3
+        self.growth = GrowthBuffers(BATCH, config, torch.device(device))
+        self.buffers = TreeBuffers(BATCH, config.num_nodes, torch.device(device))
+        self.slots_B = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
+        self.chain_only_R = torch.zeros(BATCH, dtype=torch.bool, device=device)
+        self.root_positions_B = torch.zeros(BATCH, dtype=torch.int64, device=device)
+        self.input_ids_M = torch.zeros(BATCH * K, dtype=torch.int32, device=device)
+        self.positions_M = torch.zeros(BATCH * K, dtype=torch.int64, device=device)
+        self.drafts_BM = torch.zeros(
+            BATCH, config.num_speculative_tokens, dtype=torch.int64, device=device
+        )
+
+    def draw(self, seed: int) -> None:
+        """New logits, at the same addresses; no two of a row are equal."""
+        generator = torch.Generator().manual_seed(seed)
+        for logits in self.logits:
+            scale = 0.5 + torch.rand(logits.shape[0], 1, generator=generator)
+            order = torch.rand(logits.shape, generator=generator).argsort(dim=1)
+            logits.copy_(order / VOCAB * 20 * scale)
+
+    def run(self) -> None:
+        for level, logits in enumerate(self.logits, start=1):
+            children = ops.draft_topk(logits, self.config.top_k, self.offsets_V, impl=self.impl)
+            ops.expand_tree(
+                self.growth,
+                *children,
+                level,
+                BATCH,
+                self.root_positions_B,
+                10**6,
+                self.input_ids_M,
+                self.positions_M,
+                impl=self.impl,
+            )
+        ops.build_tree(
+            self.growth,
+            len(self.logits),
+            BATCH,
+            self.slots_B,
+            self.chain_only_R,
+            self.buffers,
+            self.drafts_BM,
+            impl=self.impl,
+        )
+
+    def expected(self) -> DraftTree:
+        """The reference, on the log-probabilities that this implementation computes."""
+        K = self.config.top_k
+        levels = [
+            tuple(
+                values.cpu().unflatten(0, (BATCH, -1))
+                for values in ops.draft_topk(logits, K, self.offsets_V, impl=self.impl)
+            )
+            for logits in self.logits
+        ]
+        expansion = start(*(values.squeeze(1) for values in levels[0]))
+        for log_probs, tokens in levels[1:]:
+            expansion = grow(expansion, log_probs, tokens)
+        return rerank(expansion, self.config.num_nodes)
+
+    def check(self) -> None:
+        tree, slots = self.expected(), self.slots_B.tolist()
+        for name in ("tokens", "parents", "depths", "ancestor_bits", "scores"):
+            found = getattr(self.buffers, f"{name}_RN").cpu()[slots]
+            assert torch.equal(found, getattr(tree, f"{name}_BN")), name
+        assert torch.equal(self.drafts_BM.cpu(), tree.tokens_BN[:, 1:])
+
+
+CONFIGS = [TreeConfig(31, 6, 8), TreeConfig(4, 4, 1), TreeConfig(63, 4, 16), TreeConfig(5, 1, 5)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(("impl", "device"), WHERE)
+def test_logits_become_the_reference_trees(impl, device, config):
+    drafting = Drafting(config, impl, device)
+    drafting.draw(seed=1)
+    drafting.run()
+    drafting.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("impl", ["torch", "extension"])
+def test_a_graph_of_the_round_follows_its_inputs(impl, config):
+    """Captured once, replayed on other logits, slots and positions: no wait, no stale state."""
+    drafting = Drafting(config, impl, "cuda")
+    drafting.draw(seed=2)
+    drafting.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drafting.run()
+    for seed in (3, 4, 5):
+        drafting.draw(seed)
+        drafting.slots_B.copy_(torch.tensor([[0, 1, 2], [1, 2, 0], [2, 1, 0]][seed - 3]))
+        drafting.root_positions_B.fill_(seed)
+        graph.replay()
+        drafting.check()
+        last = seed + config.depth - 1
+        assert drafting.positions_M.eq(last).all()
