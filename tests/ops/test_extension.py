@@ -3,6 +3,8 @@
 What its operations compute is tested beside their other implementations, in their own files.
 """
 
+import subprocess
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -148,3 +150,14 @@ def test_a_library_of_other_sources_is_an_error(monkeypatch):
     monkeypatch.setattr(extension, "OPS", (*extension.OPS, "an_op_to_come"))
     with pytest.raises(RuntimeError, match="an_op_to_come"):
         extension.load.__wrapped__()
+
+
+def test_it_loads_under_any_torch_and_any_python():
+    """A torch without CUDA has neither libcudart nor libtorch_cuda; Pythons differ in symbols."""
+    command = ["readelf", "--wide", "--dynamic", "--dyn-syms", extension.LIBRARY]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed = {line.split("[")[1].rstrip("]") for line in listed.splitlines() if "NEEDED" in line}
+    assert "libtorch_cpu.so" in needed
+    assert not [name for name in needed if "cuda" in name or "python" in name]
+    undefined = {line.split()[-1] for line in listed.splitlines() if " UND " in line}
+    assert not [name for name in undefined if name.startswith(("Py", "_Py", "cuda"))]
