@@ -11,7 +11,25 @@ from vllm_eagle3.ops.kernels.tiling import Splits, finish_sizes, keys_per_step, 
 from vllm_eagle3.ops.reference import Scales, Scratch
 
 
-@triton.jit(do_not_specialize=["num_splits", "few_splits", "window"])
+# Whatever follows the batch is not specialised: each value would compile the kernel anew.
+@triton.jit(
+    do_not_specialize=[
+        "lse_stride_split",
+        "lse_stride_h",
+        "lse_stride_t",
+        "window",
+        "num_splits",
+        "few_splits",
+    ],
+    do_not_specialize_on_alignment=[
+        "lse_ptr",
+        "prefix_lens_ptr",
+        "query_start_loc_ptr",
+        "tree_start_ptr",
+        "tree_lens_ptr",
+        "ancestor_bits_ptr",
+    ],
+)
 def _finish_tree_attention_kernel(
     query_ptr,  # [T, query heads, D]
     tree_key_ptr,  # [S, kv heads, D]

@@ -16,8 +16,24 @@ from vllm_eagle3.ops.kernels.softmax import (
 )
 
 
+# Whatever follows the batch is not specialised: each value would compile the kernel anew.
 @triton.jit(
-    do_not_specialize=["num_tiles", "num_splits", "few_splits", "num_rows_of_parts", "window"]
+    do_not_specialize=[
+        "block_table_stride",
+        "num_rows_of_parts",
+        "window",
+        "num_tiles",
+        "num_splits",
+        "few_splits",
+    ],
+    do_not_specialize_on_alignment=[
+        "block_table_ptr",
+        "prefix_lens_ptr",
+        "query_start_loc_ptr",
+        "tree_start_ptr",
+        "tree_lens_ptr",
+        "ancestor_bits_ptr",
+    ],
 )
 def prefix_attention_kernel(
     query_ptr,  # [T, query heads, D]

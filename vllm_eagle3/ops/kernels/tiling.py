@@ -49,7 +49,8 @@ def tile_sizes(
     return {
         **_constants(out_THD, tree_key_SHD),
         "BLOCK_M": 128 if tall else _clamp(packed, tallest),
-        "BLOCK_S": _clamp(max_tree_len, keys_per_step(out_THD)),
+        # Two sizes at most: each compiles anew, and the levels of a draft are all sizes.
+        "BLOCK_S": _clamp(max(max_tree_len, 32), keys_per_step(out_THD)),
         "num_warps": 8 if wide or tall else 4,
         "num_stages": 3 if _deep_pipeline(out_THD) else 2,
     }
