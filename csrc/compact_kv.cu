@@ -90,6 +90,7 @@ void launch(const CompactKVParams& params, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_compact_kv(const CompactKVParams& params, cudaStream_t stream) {
+  if (params.num_layers == 0 || params.batch.num_reqs == 0) return cudaSuccess;
   switch (params.vector_bytes) {
     case 16: launch<uint4>(params, stream); break;
     case 8: launch<uint2>(params, stream); break;

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "tensors.h"
 
 namespace vllm_eagle3 {
@@ -6,7 +8,7 @@ namespace {
 void verify_tree_cpu(const VerifyTreeParams& p) {
   for (int b = 0; b < p.num_reqs; ++b) {
     const int first = p.cu_num_logits[b];
-    const int length = p.cu_num_logits[b + 1] - first;
+    const int length = std::min(p.cu_num_logits[b + 1] - first, p.num_nodes);
     const int64_t slot = length > 0 ? valid_slot(p.idx_mapping[b], p.num_slots) : -1;
     int path[kMaxNodes] = {};
     int64_t tokens[kMaxNodes] = {};

@@ -43,9 +43,3 @@ def test_without_nvcc_the_package_is_pure_python_and_says_so(arguments, capsys):
     assert given["ext_modules"] == []
     assert given["options"] == {}
     assert "without the CUDA extension, for want of nvcc" in capsys.readouterr().out
-
-
-def test_each_operation_has_a_file_for_either_device():
-    sources = {path.name for path in REPOSITORY.glob("csrc/*.c*")} - {"bindings.cpp"}
-    names = {Path(name).stem for name in sources}
-    assert sources == {f"{name}.{suffix}" for name in names for suffix in ("cpp", "cu")}
