@@ -61,6 +61,21 @@ COMMANDS = (
         "bench",
     ),
     Command(("bench", "plot"), "vllm_eagle3.bench.plot", "plots of such a measurement", "bench"),
+    Command(
+        ("bench", "serving"),
+        "vllm_eagle3.bench.serving",
+        "latency of streams, as vLLM's own client reports it",
+    ),
+    Command(
+        ("bench", "memory"),
+        "vllm_eagle3.bench.memory",
+        "KV blocks of chains and trees in the same GPU memory",
+    ),
+    Command(
+        ("bench", "widen"),
+        "vllm_eagle3.bench.widen",
+        "write a pair of a small model's function and a large one's cost",
+    ),
 )
 _GROUPS = {("data",): "make training data", ("bench",): "measure"}
 

@@ -1,3 +1,8 @@
+import json
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from vllm_eagle3.bench.timing import _Clock
@@ -43,3 +48,14 @@ def test_a_step_without_tokens_is_none():
 def test_a_request_without_a_token_is_a_defect():
     with pytest.raises(AssertionError, match="before every request had a token"):
         clock(2, ({"0": 1}, True))
+
+
+def test_a_worker_does_not_outlive_who_started_it(tmp_path):
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({"engine": {"model": "never loaded"}}))
+    # Its input ends at once, long before there is an engine.
+    command = [sys.executable, "-m", "vllm_eagle3.bench.timing", str(job), "2"]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, capture_output=True, timeout=30
+    )
+    assert done.returncode == -signal.SIGKILL

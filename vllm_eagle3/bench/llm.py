@@ -43,14 +43,14 @@ def build_engine(settings: dict[str, Any]) -> "LLM":
         # engines start and end on the same device.
         if tokens is None:
             tokens = (settings["max_num_seqs"] + 1) * (settings["max_model_len"] + _BLOCK_SLACK)
-        settings["kv_cache_memory_bytes"] = tokens * _kv_bytes_per_token(settings)
+        settings["kv_cache_memory_bytes"] = tokens * kv_bytes_per_token(settings)
     from vllm import LLM
 
     # Without statistics there are no counters to read.
     return LLM(**settings, disable_log_stats=False)
 
 
-def _kv_bytes_per_token(settings: dict[str, Any]) -> int:
+def kv_bytes_per_token(settings: dict[str, Any]) -> int:
     """Keys and values of one token in all layers of the target and in the head's one."""
     from transformers import AutoConfig
 

@@ -1,0 +1,109 @@
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.engine import tiny
+from vllm_eagle3.bench import servers, serving
+from vllm_eagle3.bench.jobs import WorkerError
+from vllm_eagle3.bench.servers import Server, run_client, to_flags
+
+# vLLM's command line asks for a distribution named vllm; a CPU build has another name.
+CLIENT = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+
+
+def parse(tmp_path, options):
+    data = tmp_path / "mine.jsonl"
+    data.write_text("".join(json.dumps({"turns": [f"question {n}"]}) + "\n" for n in range(4)))
+    parser = argparse.ArgumentParser()
+    serving.add_arguments(parser)
+    return parser.parse_args(f"--data {data} --output {tmp_path / 's.json'} {options}".split())
+
+
+def test_options_as_a_command_line_has_them():
+    options = {"max_model_len": 9, "enforce_eager": True, "enable_prefix_caching": False}
+    assert to_flags({**options, "seed": None, "speculative_config": {"method": "eagle3"}}) == [
+        "--max-model-len",
+        "9",
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+        "--speculative-config",
+        '{"method": "eagle3"}',
+    ]
+
+
+def test_a_server_that_fails_shows_its_last_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, "_VLLM", "no_such_module")
+    with (
+        Server("model", {}, tmp_path / "server.log") as server,
+        pytest.raises(WorkerError, match=r"exit code 1; its last lines:\n.*no_such_module"),
+    ):
+        server.wait_ready(time.monotonic() + 60)
+
+
+def test_a_client_that_fails_shows_its_last_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, "CLIENT", ["-c", "raise SystemExit('no such host')"])
+    with pytest.raises(WorkerError, match=r"exit code 1; its last lines:\nno such host"):
+        run_client("m", 1, {}, tmp_path / "r.json", 60)
+
+
+def test_a_server_does_not_outlive_who_started_it():
+    """The command writes its process id and would sleep for long."""
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    command = [sys.executable, "-m", "vllm_eagle3.bench.leash", sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        child = int(process.stdout.readline())
+        process.stdin.close()
+        assert process.wait(10) == -signal.SIGKILL
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        # Without an init process that reaps it, a dead process keeps its entry.
+        with open(f"/proc/{child}/stat") as stat:
+            if stat.read().rsplit(")", 1)[1].split()[0] == "Z":
+                return
+        time.sleep(0.05)
+    pytest.fail("the command lives on")
+
+
+def test_settings_that_cannot_work_are_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving, "check_plugin", lambda configurations: None)
+    for options, message in [
+        ("--tree 200", "num_speculative_tokens=200"),
+        ("--servers-at-once 0", "--servers-at-once must be at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            serving.run(parse(tmp_path, f"--target t --head h {options}"))
+
+
+@pytest.mark.slow
+def test_a_tiny_pair_from_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(servers, "CLIENT", ["-c", CLIENT])
+    pair = tiny.write_pair(tmp_path / "pair")
+    args = parse(
+        tmp_path,
+        f"--target {pair.target} --head {pair.head} --no-plain --chain --tree 3/1/3"
+        " --concurrency 2 --prompts 1 --min-prompts 3 --max-tokens 4 --max-model-len 256",
+    )
+    assert serving.run(args) == 0
+    results = json.loads(args.output.read_text())
+    (run,) = results["runs"]
+    assert run["completed"] == 3
+    assert run["total_output_tokens"] == 12
+    assert 0 < run["p50_ttft_ms"] <= run["p99_ttft_ms"]
+    assert "| `tree-3-1-3` | 2 |" in capsys.readouterr().out

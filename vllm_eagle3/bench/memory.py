@@ -1,0 +1,106 @@
+"""``vllm-eagle3 bench memory``: how much KV cache a configuration leaves in the same GPU memory.
+
+Starts each configuration alone, one after the other, with the same ``gpu_memory_utilization``,
+and reads the number of KV blocks that vLLM finds room for.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_eagle3.bench.configurations import Configuration, chain, check_plugin, parse_tree
+from vllm_eagle3.bench.engines import Engine
+from vllm_eagle3.bench.jobs import WorkerError
+from vllm_eagle3.bench.report import table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    add = parser.add_argument
+    add("--target", required=True, help="target model: a folder or a name that vLLM loads")
+    add("--head", required=True, help="its EAGLE-3 head")
+    add("--chain", nargs="*", type=int, default=[3], help="drafts of vLLM's chains")
+    add("--tree", nargs="*", default=["31/6/8"], help="trees, as N or N/DEPTH/TOP_K")
+    add("--gpu-memory-utilization", type=float, default=0.9)
+    add("--max-num-seqs", type=int, default=64)
+    add("--max-num-batched-tokens", type=int, default=8192)
+    add("--max-model-len", type=int, default=2048)
+    add("--engine", type=json.loads, default={}, help="further arguments of LLM, a JSON object")
+    add("--timeout", type=float, default=400, help="seconds for the start of one engine")
+    add("--output", type=Path, required=True, help="JSON file; the table goes beside it (.md)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 0 if every configuration started, else 1.
+
+    Raises:
+        ValueError: a setting that cannot work, before any engine starts.
+    """
+    configurations = [chain(count) for count in args.chain] + [parse_tree(t) for t in args.tree]
+    if not configurations:
+        raise ValueError("nothing to measure: give --chain or --tree")
+    check_plugin(configurations)
+    folder = args.output.with_suffix(".logs")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "model": args.target,
+        "dtype": None,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "max_num_seqs": args.max_num_seqs,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+        "max_model_len": args.max_model_len,
+        "measure_kv_cache": True,
+        **args.engine,
+    }
+    results: dict[str, Any] = {"kind": "memory", "settings": settings, "engines": {}, "errors": {}}
+    for configuration in configurations:
+        try:
+            results["engines"][configuration.name] = _start(args, configuration, settings, folder)
+        except WorkerError as error:
+            results["errors"][configuration.name] = str(error)
+            print(f"{configuration.name} failed: {error}", file=sys.stderr, flush=True)
+        # One at a time may take minutes: keep what there is.
+        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    text = render(results)
+    args.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    return 1 if results["errors"] else 0
+
+
+def _start(
+    args: argparse.Namespace, configuration: Configuration, settings: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    speculative = {"speculative_config": configuration.speculative_config(args.head)}
+    log_path = folder / f"{configuration.name}.log"
+    with Engine(configuration.name, settings | speculative, log_path) as engine:
+        ready = engine.wait_ready(args.timeout)
+        # In its own way, so that its memory is free for the next.
+        engine.stop()
+    return {key: value for key, value in ready.items() if key != "event"}
+
+
+def render(results: dict[str, Any]) -> str:
+    """One table; ratios are over the first configuration."""
+    engines = results["engines"]
+    settings = results["settings"]
+    first = next(iter(engines.values()), None)
+    rows = [
+        [
+            f"`{name}`",
+            str(engine["num_gpu_blocks"]),
+            str(engine["kv_cache_tokens"]),
+            f"{engine['kv_cache_tokens'] / first['kv_cache_tokens']:.4f}",
+        ]
+        for name, engine in engines.items()
+    ]
+    parts = [
+        f"KV cache at gpu_memory_utilization={settings['gpu_memory_utilization']:g},"
+        f" max_num_seqs={settings['max_num_seqs']},"
+        f" max_num_batched_tokens={settings['max_num_batched_tokens']}"
+        + (f" on {first['device']}." if first else "."),
+        table(["configuration", "blocks", "tokens", "ratio"], rows),
+    ]
+    parts += [f"`{name}` failed:\n\n```\n{error}\n```" for name, error in results["errors"].items()]
+    return "\n\n".join(parts) + "\n"

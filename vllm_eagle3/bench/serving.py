@@ -1,0 +1,219 @@
+"""``vllm-eagle3 bench serving``: what a user of a server waits, as vLLM's own client reports it.
+
+Starts ``vllm serve`` with each configuration and runs ``vllm bench serve`` against one server
+at a time: streaming chats, a fixed number of them at once, outputs of a fixed length. Between
+two chunks of a stream lies a step of the engine, which brings several tokens where drafts are
+accepted: ITL is the time of such a step, TPOT the mean time of a token.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from vllm_eagle3.bench.comparison import capture_sizes
+from vllm_eagle3.bench.configurations import (
+    PLAIN,
+    Configuration,
+    chain,
+    check_plugin,
+    parse_tree,
+)
+from vllm_eagle3.bench.jobs import WorkerError
+from vllm_eagle3.bench.llm import kv_bytes_per_token
+from vllm_eagle3.bench.questions import DEFAULT_DATA, load_questions
+from vllm_eagle3.bench.report import table
+from vllm_eagle3.bench.servers import Server, run_client, write_dataset
+
+_FIGURES = {
+    "TTFT p50": "p50_ttft_ms",
+    "TTFT p99": "p99_ttft_ms",
+    "ITL p50": "p50_itl_ms",
+    "ITL p99": "p99_itl_ms",
+    "TPOT p50": "p50_tpot_ms",
+    "tokens/s": "output_throughput",
+}
+_MEMORY_SHARE = 0.9
+_KEPT = (
+    "duration",
+    "completed",
+    "total_input_tokens",
+    "total_output_tokens",
+    *_FIGURES.values(),
+    "spec_decode_acceptance_length",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    add = parser.add_argument
+    add("--target", required=True, help="target model: a folder or a name that vLLM loads")
+    add("--head", required=True, help="its EAGLE-3 head")
+    add("--chain", nargs="*", type=int, default=[3], help="drafts of vLLM's chains")
+    add("--tree", nargs="*", default=["31/6/8"], help="trees, as N or N/DEPTH/TOP_K")
+    add("--no-plain", action="store_true", help="leave plain decoding out")
+    add("--concurrency", nargs="+", type=int, default=[1, 4, 16], help="chats at once")
+    add("--prompts", type=int, default=10, help="chats for each one at once")
+    add("--min-prompts", type=int, default=30, help="and at least so many in all")
+    add("--max-tokens", type=int, default=128, help="tokens of every answer")
+    add("--temperature", type=float, default=0.0)
+    add("--data", nargs="+", type=Path, default=DEFAULT_DATA, help='JSON lines with "turns"')
+    add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
+    add("--max-model-len", type=int, default=1024)
+    add("--servers-at-once", type=int, default=4, help="alive side by side; one is busy")
+    add("--serve", type=json.loads, default={}, help="further options of vllm serve, JSON object")
+    add("--compile-cache", type=Path, help="a folder where each server keeps its compiled code")
+    add("--start-timeout", type=float, default=400, help="seconds until all servers must stand")
+    add("--timeout", type=float, default=300, help="seconds for one run of the client")
+    add("--output", type=Path, required=True, help="JSON file; the table goes beside it (.md)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark; 0 if every configuration finished, else 1.
+
+    Raises:
+        ValueError: a setting that cannot work, before any server starts.
+    """
+    configurations = [] if args.no_plain else [PLAIN]
+    configurations += [chain(count) for count in args.chain]
+    configurations += [parse_tree(text) for text in args.tree]
+    check_plugin(configurations)
+    for name in ("servers_at_once", "prompts", "max_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    folder = args.output.with_suffix(".logs")
+    folder.mkdir(parents=True, exist_ok=True)
+    questions = load_questions(args.data)
+    # Strided, so that few chats are of all data sets.
+    stride = max(1, len(questions) // max(args.min_prompts, args.prompts * max(args.concurrency)))
+    write_dataset([q.turns[0] for q in questions[::stride]], folder / "chats.json")
+
+    results: dict[str, Any] = {
+        "kind": "serving",
+        "settings": {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | list)}
+        | {"data": [path.name for path in args.data]},
+        "runs": [],
+        "errors": {},
+    }
+    for start in range(0, len(configurations), args.servers_at_once):
+        _measure(args, configurations[start : start + args.servers_at_once], folder, results)
+    print(render(results))
+    return 1 if results["errors"] else 0
+
+
+def _measure(
+    args: argparse.Namespace,
+    configurations: Sequence[Configuration],
+    folder: Path,
+    results: dict[str, Any],
+) -> None:
+    """Start the servers together, and ask one after the other."""
+    with ExitStack() as stack:
+        servers = {
+            configuration.name: stack.enter_context(
+                _server(args, configuration, folder, len(configurations))
+            )
+            for configuration in configurations
+        }
+        deadline = time.monotonic() + args.start_timeout
+        for name, server in list(servers.items()):
+            try:
+                server.wait_ready(deadline)
+            except WorkerError as error:
+                results["errors"][name] = str(error)
+                del servers[name]
+        for concurrency in args.concurrency:
+            for name, server in list(servers.items()):
+                try:
+                    measured = _ask(
+                        args, server.port, concurrency, folder / f"{name}-{concurrency}"
+                    )
+                except WorkerError as error:
+                    results["errors"][name] = str(error)
+                    del servers[name]
+                    continue
+                results["runs"].append({"name": name, "concurrency": concurrency, **measured})
+                _write(args.output, results)
+                print(f"{name}, {concurrency} at once: {measured}", file=sys.stderr, flush=True)
+    _write(args.output, results)
+
+
+def _server(
+    args: argparse.Namespace, configuration: Configuration, folder: Path, at_once: int
+) -> Server:
+    import torch
+
+    on_cpu = not torch.cuda.is_available()
+    dtype = args.dtype or ("float32" if on_cpu else "auto")
+    requests = max(args.concurrency)
+    rows = 1 + (configuration.num_speculative_tokens or 0)
+    tokens = (requests + 1) * args.max_model_len
+    options: dict[str, Any] = {
+        "speculative_config": configuration.speculative_config(args.head),
+        "dtype": dtype,
+        "max_model_len": args.max_model_len,
+        "max_num_seqs": requests,
+        "max_num_batched_tokens": max(8192, requests * 64) if not on_cpu else 512,
+        "enable_prefix_caching": False,
+        "gpu_memory_utilization": round(_MEMORY_SHARE / at_once, 3),
+        "kv_cache_memory_bytes": tokens
+        * kv_bytes_per_token({"model": args.target, "dtype": dtype}),
+    }
+    if on_cpu:
+        options["enforce_eager"] = True
+    else:
+        options["compilation_config"] = {"cudagraph_capture_sizes": capture_sizes(requests, rows)}
+    environment = {}
+    if args.compile_cache:
+        environment["VLLM_CACHE_ROOT"] = str(args.compile_cache.resolve() / configuration.name)
+    log_path = folder / f"{configuration.name}.log"
+    return Server(args.target, options | args.serve, log_path, environment, on_cpu)
+
+
+def _ask(args: argparse.Namespace, port: int, concurrency: int, path: Path) -> dict[str, Any]:
+    options = {
+        "dataset_name": "sharegpt",
+        "dataset_path": path.parent / "chats.json",
+        "sharegpt_output_len": args.max_tokens,
+        "ignore_eos": True,
+        "temperature": args.temperature,
+        "num_prompts": max(args.min_prompts, args.prompts * concurrency),
+        "max_concurrency": concurrency,
+        "num_warmups": 2 * concurrency,
+        "disable_shuffle": True,
+        "percentile_metrics": "ttft,tpot,itl",
+        "metric_percentiles": "50,99",
+    }
+    # Not with_suffix: the names of configurations may hold dots.
+    result_path = path.with_name(f"{path.name}.json")
+    result = run_client(args.target, port, options, result_path, args.timeout)
+    return {key: result[key] for key in _KEPT if key in result}
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(render(results), encoding="utf-8")
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """One table, and every error."""
+    settings = results["settings"]
+    rows = [
+        [
+            f"`{run['name']}`",
+            str(run["concurrency"]),
+            *(f"{run[key]:.2f}" if key in run else "" for key in _FIGURES.values()),
+        ]
+        for run in sorted(results["runs"], key=lambda run: run["concurrency"])
+    ]
+    parts = [
+        f"`vllm bench serve`: streaming chats, {settings['max_tokens']} tokens each,"
+        f" T={settings['temperature']:g}; milliseconds.",
+        table(["configuration", "at once", *_FIGURES], rows),
+    ]
+    parts += [f"`{name}` failed:\n\n```\n{error}\n```" for name, error in results["errors"].items()]
+    return "\n\n".join(parts) + "\n"
