@@ -3,11 +3,20 @@
 import random
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLS = ("torch", "triton")  # of every operation
-ALL_IMPLS = (*IMPLS, "extension")
+IMPLS = ("torch", "triton")
+
+
+def on_device(*impls: str) -> list:
+    """Parameters of a test that runs on ``DEVICE``: on a GPU, where there is one."""
+    marks = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
+    return [pytest.param(impl, marks=marks) for impl in impls]
+
+
+ALL_IMPLS = on_device("torch", "triton", "extension")
 NAN = float("nan")
 
 

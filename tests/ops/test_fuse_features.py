@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tests.ops.setups import DEVICE, int32, int64
+from tests.ops.setups import DEVICE, int32, int64, on_device
 from vllm_eagle3.ops import fuse_features
 
-IMPLS = ("torch", "extension")
+IMPLS = on_device("torch", "extension")
 EPS = 1e-5
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
