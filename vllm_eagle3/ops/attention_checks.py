@@ -4,6 +4,8 @@ Every layer calls them in every step, outside of graphs too: messages are built 
 an error.
 """
 
+import functools
+
 import torch
 
 from vllm_eagle3.config import MAX_NODES
@@ -147,6 +149,15 @@ def check_cache(
     )
 
 
+@functools.cache
+def check_e4m3(device: torch.device) -> None:
+    """Raise ``ValueError`` for a GPU whose kernels cannot read e4m3."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} has no e4m3: serve with --kv-cache-dtype auto"
+        )
+
+
 def check_scales(
     query_THD: torch.Tensor,
     q_scale: Scale | None,
@@ -162,6 +173,7 @@ def check_scales(
         if q_scale is not None:
             raise ValueError("an e4m3 query needs an e4m3 cache: give k_scale and v_scale, too")
         return None
+    check_e4m3(query_THD.device)
     given = [scale for scale in (q_scale, k_scale, v_scale) if scale is not None]
     tensors = [scale for scale in given if torch.is_tensor(scale)]
     if len(tensors) not in (0, len(given)):
