@@ -66,6 +66,8 @@ def test_norms(impl, dtype, joint, hidden):
 
     exact = by_the_book(torch.float64)
     allowed = 2 * (by_the_book(torch.float32).double() - exact).abs().max()
+    # In few elements torch may err by less than its reciprocal square root does.
+    allowed += 4 * torch.finfo(torch.float32).eps * exact.abs().max()
     found = fuse(states, index, weights, impl, columns=8)
     assert found.dtype == dtype
     assert (found.double() - exact).abs().max() <= allowed
