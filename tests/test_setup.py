@@ -2,6 +2,9 @@
 
 import runpy
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,14 @@ def test_without_nvcc_the_package_is_pure_python_and_says_so(arguments, capsys):
     assert given["ext_modules"] == []
     assert given["options"] == {}
     assert "without the CUDA extension, for want of nvcc" in capsys.readouterr().out
+
+
+def test_a_source_distribution_can_be_compiled(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    command += ["sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        held = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+    sources = {f"csrc/{path.name}" for path in REPOSITORY.glob("csrc/*")}
+    assert sources | {"setup.py", "pyproject.toml"} <= held
