@@ -22,6 +22,13 @@ STABLE_TORCH_LIBRARY(vllm_eagle3, library) {
       "draft_topk(Tensor logits_MV, Tensor? offsets_V, Tensor(a!) partial_best_MSK, "
       "Tensor(b!) partial_sums_MS2, Tensor(c!) log_probs_MK, Tensor(d!) tokens_MK) -> ()");
   library.def(
+      "expand_logits(Tensor(a!) tokens_BC, Tensor(b!) scores_BC, Tensor(c!) parents_BC, "
+      "Tensor(d!) frontier_scores_BK, Tensor(e!) frontier_index_BK, "
+      "Tensor(f!) frontier_bits_BK, Tensor(g!) frontier_row_BK, Tensor logits_MV, "
+      "Tensor? offsets_V, Tensor(h!) partial_best_MSK, Tensor(i!) partial_sums_MS2, int level, "
+      "int num_reqs, Tensor root_positions_B, int max_position, Tensor(j!) input_ids_M, "
+      "Tensor(k!) positions_M) -> ()");
+  library.def(
       "expand_tree(Tensor(a!) tokens_BC, Tensor(b!) scores_BC, Tensor(c!) parents_BC, "
       "Tensor(d!) frontier_scores_BK, Tensor(e!) frontier_index_BK, "
       "Tensor(f!) frontier_bits_BK, Tensor(g!) frontier_row_BK, Tensor log_probs_MK, "

@@ -2,13 +2,12 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <optional>
 #include <vector>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "tensors.h"
+#include "drafting.h"
 
 namespace vllm_eagle3 {
 namespace {
@@ -43,17 +42,6 @@ void draft_topk_cpu_of(const DraftTopkParams& p) {
   }
 }
 
-void draft_topk_cpu(const DraftTopkParams& p) {
-  switch (p.type) {
-    case LogitType::kFloat:
-      return draft_topk_cpu_of<float>(p);
-    case LogitType::kHalf:
-      return draft_topk_cpu_of<c10::Half>(p);
-    case LogitType::kBFloat16:
-      return draft_topk_cpu_of<c10::BFloat16>(p);
-  }
-}
-
 LogitType logit_type(const Tensor& logits) {
   switch (logits.scalar_type()) {
     case ScalarType::Float:
@@ -71,34 +59,56 @@ void draft_topk(const Tensor& logits, const std::optional<Tensor>& offsets,
                 const Tensor& partial_best, const Tensor& partial_sums, const Tensor& log_probs,
                 const Tensor& tokens) {
   const Call call("draft_topk", logits);
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1 && log_probs.dim() == 2 &&
-                      partial_best.dim() == 3,
-                  "draft_topk: logits must be a matrix with contiguous rows, log_probs a matrix");
+  DraftTopkParams params =
+      draft_topk_params(call, logits, offsets, partial_best, partial_sums);
+  const int64_t num_children = int64_t{params.num_rows} * params.k;
+  params.log_probs = call.data<float>(log_probs, "log_probs", num_children);
+  params.tokens = call.data<int64_t>(tokens, "tokens", num_children);
+  call.run(params, launch_draft_topk, draft_topk_cpu);
+}
+
+}  // namespace
+
+DraftTopkParams draft_topk_params(const Call& call, const Tensor& logits,
+                                  const std::optional<Tensor>& offsets, const Tensor& partial_best,
+                                  const Tensor& partial_sums) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1 && partial_best.dim() == 3,
+                  "draft_topk: logits must be a matrix with contiguous rows, and partial_best "
+                  "[rows, splits, k]");
   const int64_t num_rows = logits.size(0);
   const int64_t vocab = logits.size(1);
-  const int64_t k = log_probs.size(1);
   const int64_t num_splits = partial_best.size(1);
+  const int64_t k = partial_best.size(2);
   STD_TORCH_CHECK(1 <= k && k <= vocab && k <= kMaxChildren && 1 <= num_splits &&
                       vocab <= std::numeric_limits<int>::max() / 2,
                   "draft_topk: k must be between 1 and 16, and at most the vocabulary");
-  const DraftTopkParams params{
+  return {
       call.strided(logits, "logits", num_rows * vocab),
       logit_type(logits),
       logits.stride(0),
       offsets ? call.data<const int64_t>(*offsets, "offsets", vocab) : nullptr,
       call.data<int64_t>(partial_best, "partial_best", num_rows * num_splits * k),
       call.data<float>(partial_sums, "partial_sums", num_rows * num_splits * 2),
-      call.data<float>(log_probs, "log_probs", num_rows * k),
-      call.data<int64_t>(tokens, "tokens", num_rows * k),
+      nullptr,
+      nullptr,
       static_cast<int>(num_rows),
       static_cast<int>(vocab),
       static_cast<int>(k),
       static_cast<int>(num_splits),
   };
-  call.run(params, launch_draft_topk, draft_topk_cpu);
 }
 
-}  // namespace
+void draft_topk_cpu(const DraftTopkParams& p) {
+  switch (p.type) {
+    case LogitType::kFloat:
+      return draft_topk_cpu_of<float>(p);
+    case LogitType::kHalf:
+      return draft_topk_cpu_of<c10::Half>(p);
+    case LogitType::kBFloat16:
+      return draft_topk_cpu_of<c10::BFloat16>(p);
+  }
+}
+
 }  // namespace vllm_eagle3
 
 REGISTER_OP(draft_topk)

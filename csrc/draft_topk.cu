@@ -2,15 +2,13 @@
 //
 // A row is split over blocks, a split over warps, in order of token ids. Each warp keeps the best
 // k of its part and the sum of its exponentials; a block merges its warps, and a second kernel
-// the blocks. There is no counter and no state between launches, so that a CUDA graph of them
+// the blocks (here, or expand_logits). There is no counter and no state between launches, so that a CUDA graph of them
 // can be replayed, and aborted, at any point.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "ops.h"
-#include "ordering.h"
-#include "softmax_sum.h"
+#include "draft_splits.h"
 
 namespace vllm_eagle3 {
 namespace {
@@ -49,13 +47,6 @@ __device__ __forceinline__ void load(const T* row, int first, int vocab,
       x[j] = id >= 0 && id < vocab ? to_float(row[id]) : -INFINITY;
     }
   }
-}
-
-__device__ __forceinline__ void store_child(const DraftTopkParams& p, int row, int rank, float x,
-                                            int id, const SoftmaxSum& sum) {
-  const int64_t at = int64_t{row} * p.k + rank;
-  p.log_probs[at] = sum.log_prob(x);
-  p.tokens[at] = p.offsets == nullptr ? id : id + p.offsets[id];
 }
 
 template <typename T>
@@ -119,56 +110,37 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const DraftTopkParams p
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) total.merge(SoftmaxSum{maxima[i], sums[i]});
 
+  const bool wants_splits = p.num_splits > 1 || p.log_probs == nullptr;
   const int64_t part = int64_t{row_number} * p.num_splits + split;
-  if (p.num_splits > 1 && threadIdx.x == 0) {
+  if (threadIdx.x == 0 && wants_splits) {
     p.partial_sums[2 * part] = total.max;
     p.partial_sums[2 * part + 1] = total.sum;
   }
   for_each_rank(lists, kWarps * p.k, [&](int i, int rank) {
     if (rank >= p.k) return;
     const uint32_t key = key_in(lists[i]);
-    if (p.num_splits > 1) {
+    if (wants_splits) {
       p.partial_best[part * p.k + rank] =
           static_cast<int64_t>(static_cast<uint64_t>(key) << 32 | list_ids[i]);
     } else {
-      store_child(p, row_number, rank, value_of(key), list_ids[i], total);
+      p.log_probs[part * p.k + rank] = total.log_prob(value_of(key));
+      p.tokens[part * p.k + rank] = token_of(p, list_ids[i]);
     }
   });
 }
 
 // One warp for each row.
 __global__ void __launch_bounds__(kWarp) merge_kernel(const DraftTopkParams p) {
-  constexpr int E = 4;
   const int row = blockIdx.x;
-  const int lane = threadIdx.x;
-  SoftmaxSum sum;
-  for (int split = lane; split < p.num_splits; split += kWarp) {
-    const int64_t part = int64_t{row} * p.num_splits + split;
-    sum.merge(SoftmaxSum{p.partial_sums[2 * part], p.partial_sums[2 * part + 1]});
-  }
-  sum.reduce_warp();
-
-  WarpBest best;
-  const int count = p.num_splits * p.k;
-  const int64_t* partial = p.partial_best + int64_t{row} * count;
-  for (int begin = 0; begin < count; begin += kWarp * E) {
-    uint32_t keys[E];
-    int ids[E];
-#pragma unroll
-    for (int j = 0; j < E; ++j) {
-      const int place = begin + lane * E + j;
-      const uint64_t found = place < count ? partial[place] : 0;
-      keys[j] = static_cast<uint32_t>(found >> 32);
-      ids[j] = static_cast<int>(static_cast<uint32_t>(found));
-    }
-    best.offer(keys, ids, p.k);
-  }
-  if (lane < p.k) store_child(p, row, lane, value_of(best.key), best.id, sum);
+  merge_splits(p, row, [&](int rank, float log_prob, int64_t token) {
+    p.log_probs[int64_t{row} * p.k + rank] = log_prob;
+    p.tokens[int64_t{row} * p.k + rank] = token;
+  });
 }
 
 }  // namespace
 
-cudaError_t launch_draft_topk(const DraftTopkParams& params, cudaStream_t stream) {
+cudaError_t launch_draft_splits(const DraftTopkParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return cudaSuccess;
   const unsigned num_blocks = params.num_rows * params.num_splits;
   switch (params.type) {
@@ -182,7 +154,13 @@ cudaError_t launch_draft_topk(const DraftTopkParams& params, cudaStream_t stream
       split_kernel<__nv_bfloat16><<<num_blocks, kThreads, 0, stream>>>(params);
       break;
   }
-  if (params.num_splits > 1) merge_kernel<<<params.num_rows, kWarp, 0, stream>>>(params);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_draft_topk(const DraftTopkParams& params, cudaStream_t stream) {
+  const cudaError_t error = launch_draft_splits(params, stream);
+  if (error != cudaSuccess || params.num_rows == 0 || params.num_splits == 1) return error;
+  merge_kernel<<<params.num_rows, kWarp, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

@@ -4,13 +4,71 @@
 #include <numeric>
 #include <vector>
 
-#include "tensors.h"
+#include "drafting.h"
 
 namespace vllm_eagle3 {
 namespace {
 
 float log_probability(float x) {
   return std::isnan(x) ? -std::numeric_limits<float>::infinity() : std::min(x, 0.0f);
+}
+
+void expand_tree(const Tensor& pool_tokens, const Tensor& pool_scores, const Tensor& pool_parents,
+                 const Tensor& frontier_scores, const Tensor& frontier_index,
+                 const Tensor& frontier_bits, const Tensor& frontier_row, const Tensor& log_probs,
+                 const Tensor& tokens, int64_t level, int64_t num_reqs,
+                 const Tensor& root_positions, int64_t max_position, const Tensor& input_ids,
+                 const Tensor& positions) {
+  const Call call("expand_tree", pool_tokens);
+  ExpandTreeParams params =
+      expand_tree_params(call, pool_tokens, pool_scores, pool_parents, frontier_scores,
+                         frontier_index, frontier_bits, frontier_row, level, num_reqs,
+                         root_positions, max_position, input_ids, positions);
+  const int64_t num_children = int64_t{num_rows(params)} * params.growth.top_k;
+  params.log_probs = call.data<const float>(log_probs, "log_probs", num_children);
+  params.tokens = call.data<const int64_t>(tokens, "tokens", num_children);
+  call.run(params, launch_expand_tree, expand_tree_cpu);
+}
+
+}  // namespace
+
+ExpandTreeParams expand_tree_params(const Call& call, const Tensor& pool_tokens,
+                                    const Tensor& pool_scores, const Tensor& pool_parents,
+                                    const Tensor& frontier_scores, const Tensor& frontier_index,
+                                    const Tensor& frontier_bits, const Tensor& frontier_row,
+                                    int64_t level, int64_t num_reqs, const Tensor& root_positions,
+                                    int64_t max_position, const Tensor& input_ids,
+                                    const Tensor& positions) {
+  const int64_t C = pool_tokens.size(1);
+  const int64_t K = frontier_bits.size(1);
+  STD_TORCH_CHECK(1 <= K && K <= kMaxNodes, "expand_tree: top_k must be between 1 and 64");
+  STD_TORCH_CHECK(0 <= num_reqs && 1 <= level && level <= C && pool_size(level, K) <= C,
+                  "expand_tree: the pool has no place for this level");
+  const int64_t num_pool = num_reqs * C;
+  const int64_t num_frontier = num_reqs * K;
+  const Integers ids = call.integers(input_ids, "input_ids", num_frontier);
+  return {
+      {
+          call.data<int64_t>(pool_tokens, "pool_tokens", num_pool),
+          call.data<float>(pool_scores, "pool_scores", num_pool),
+          call.data<int32_t>(pool_parents, "pool_parents", num_pool),
+          call.data<float>(frontier_scores, "frontier_scores", num_frontier),
+          call.data<int32_t>(frontier_index, "frontier_index", num_frontier),
+          call.data<int64_t>(frontier_bits, "frontier_bits", num_frontier),
+          call.data<int64_t>(frontier_row, "frontier_row", num_frontier),
+          static_cast<int>(C),
+          static_cast<int>(K),
+      },
+      nullptr,
+      nullptr,
+      call.data<const int64_t>(root_positions, "root_positions", num_reqs),
+      max_position,
+      const_cast<void*>(ids.data),
+      ids.is_int64,
+      call.data<int64_t>(positions, "positions", num_frontier),
+      static_cast<int>(level),
+      static_cast<int>(num_reqs),
+  };
 }
 
 void expand_tree_cpu(const ExpandTreeParams& p) {
@@ -60,48 +118,6 @@ void expand_tree_cpu(const ExpandTreeParams& p) {
   }
 }
 
-void expand_tree(const Tensor& pool_tokens, const Tensor& pool_scores, const Tensor& pool_parents,
-                 const Tensor& frontier_scores, const Tensor& frontier_index,
-                 const Tensor& frontier_bits, const Tensor& frontier_row, const Tensor& log_probs,
-                 const Tensor& tokens, int64_t level, int64_t num_reqs,
-                 const Tensor& root_positions, int64_t max_position, const Tensor& input_ids,
-                 const Tensor& positions) {
-  const Call call("expand_tree", pool_tokens);
-  const int64_t C = pool_tokens.size(1);
-  const int64_t K = frontier_bits.size(1);
-  STD_TORCH_CHECK(1 <= K && K <= kMaxNodes, "expand_tree: top_k must be between 1 and 64");
-  STD_TORCH_CHECK(0 <= num_reqs && 1 <= level && level <= C && pool_size(level, K) <= C,
-                  "expand_tree: the pool has no place for this level");
-  const int64_t num_pool = num_reqs * C;
-  const int64_t num_frontier = num_reqs * K;
-  const int64_t num_children = level == 1 ? num_frontier : num_frontier * K;
-  const Integers ids = call.integers(input_ids, "input_ids", num_frontier);
-  const ExpandTreeParams params{
-      {
-          call.data<int64_t>(pool_tokens, "pool_tokens", num_pool),
-          call.data<float>(pool_scores, "pool_scores", num_pool),
-          call.data<int32_t>(pool_parents, "pool_parents", num_pool),
-          call.data<float>(frontier_scores, "frontier_scores", num_frontier),
-          call.data<int32_t>(frontier_index, "frontier_index", num_frontier),
-          call.data<int64_t>(frontier_bits, "frontier_bits", num_frontier),
-          call.data<int64_t>(frontier_row, "frontier_row", num_frontier),
-          static_cast<int>(C),
-          static_cast<int>(K),
-      },
-      call.data<const float>(log_probs, "log_probs", num_children),
-      call.data<const int64_t>(tokens, "tokens", num_children),
-      call.data<const int64_t>(root_positions, "root_positions", num_reqs),
-      max_position,
-      const_cast<void*>(ids.data),
-      ids.is_int64,
-      call.data<int64_t>(positions, "positions", num_frontier),
-      static_cast<int>(level),
-      static_cast<int>(num_reqs),
-  };
-  call.run(params, launch_expand_tree, expand_tree_cpu);
-}
-
-}  // namespace
 }  // namespace vllm_eagle3
 
 REGISTER_OP(expand_tree)

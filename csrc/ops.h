@@ -57,12 +57,12 @@ enum class FloatType { kFloat, kHalf, kBFloat16 };
 constexpr int kMaxStates = 8;
 
 struct FuseFeaturesParams {
-  const void* states[kMaxStates];   // [num_states] of [num_rows of the forward, hidden_size]
+  const void* states[kMaxStates];     // [num_states] of [rows of the forward, hidden_size]
   int64_t state_strides[kMaxStates];  // elements from row to row
-  const void* weights[kMaxStates];  // [num_states] of [hidden_size], null without a norm
-  Integers index;                   // [num_rows] the row to take; its own if the data is null
-  void* out;                        // [num_rows, num_states * hidden_size]
-  int64_t out_stride;               // elements from row to row
+  const void* weights[kMaxStates];    // [num_states] of [hidden_size], null without a norm
+  Integers index;                     // [num_rows] row to take; its own if the data is null
+  void* out;                          // [num_rows, num_states * hidden_size]
+  int64_t out_stride;                 // elements from row to row
   float eps;
   FloatType type;
   int num_rows;
@@ -148,7 +148,7 @@ struct DraftTopkParams {
   const int64_t* offsets;   // [vocab], or null
   int64_t* partial_best;    // [num_rows, num_splits, k]: scratch, key and id
   float* partial_sums;      // [num_rows, num_splits, 2]: scratch
-  float* log_probs;         // [num_rows, k]
+  float* log_probs;         // [num_rows, k]; null to stop at the splits
   int64_t* tokens;          // [num_rows, k]
   int num_rows;
   int vocab;
@@ -156,6 +156,7 @@ struct DraftTopkParams {
   int num_splits;
 };
 cudaError_t launch_draft_topk(const DraftTopkParams& params, cudaStream_t stream);
+cudaError_t launch_draft_splits(const DraftTopkParams& params, cudaStream_t stream);
 
 // The tensors of vllm_eagle3.tree.types.GrowthBuffers.
 struct Growth {
@@ -186,6 +187,12 @@ struct ExpandTreeParams {
   int num_reqs;
 };
 cudaError_t launch_expand_tree(const ExpandTreeParams& params, cudaStream_t stream);
+
+struct ExpandLogitsParams {
+  DraftTopkParams logits;  // of the rows whose children `tree` has no arrays of
+  ExpandTreeParams tree;
+};
+cudaError_t launch_expand_logits(const ExpandLogitsParams& params, cudaStream_t stream);
 
 struct BuildTreeParams {
   const int64_t* pool_tokens;   // [num_reqs, num_candidates]

@@ -16,9 +16,9 @@ BATCH, VOCAB = 3, 700
 class Drafting:
     """A round whose logits are given, as the engine strings its ops together."""
 
-    def __init__(self, config: TreeConfig, impl: str, device: str) -> None:
+    def __init__(self, config: TreeConfig, impl: str, device: str, in_one: bool = False) -> None:
         skip_where_it_cannot_run(impl, device)
-        self.config, self.impl = config, impl
+        self.config, self.impl, self.in_one = config, impl, in_one
         K = config.top_k
         rows = [BATCH, *(BATCH * K for _ in range(config.depth - 1))]
         self.logits = [torch.zeros(count, VOCAB, device=device) for count in rows]
@@ -43,19 +43,14 @@ class Drafting:
             logits.copy_(order / VOCAB * 20 * scale)
 
     def run(self) -> None:
+        frontier = (self.root_positions_B, 10**6, self.input_ids_M, self.positions_M)
+        K, offsets, impl = self.config.top_k, self.offsets_V, {"impl": self.impl}
         for level, logits in enumerate(self.logits, start=1):
-            children = ops.draft_topk(logits, self.config.top_k, self.offsets_V, impl=self.impl)
-            ops.expand_tree(
-                self.growth,
-                *children,
-                level,
-                BATCH,
-                self.root_positions_B,
-                10**6,
-                self.input_ids_M,
-                self.positions_M,
-                impl=self.impl,
-            )
+            if self.in_one:
+                ops.expand_logits(self.growth, logits, offsets, level, BATCH, *frontier, **impl)
+            else:
+                children = ops.draft_topk(logits, K, offsets, **impl)
+                ops.expand_tree(self.growth, *children, level, BATCH, *frontier, **impl)
         ops.build_tree(
             self.growth,
             len(self.logits),
@@ -93,10 +88,11 @@ class Drafting:
 CONFIGS = [TreeConfig(31, 6, 8), TreeConfig(4, 4, 1), TreeConfig(63, 4, 16), TreeConfig(5, 1, 5)]
 
 
+@pytest.mark.parametrize("in_one", [False, True])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize(("impl", "device"), WHERE)
-def test_logits_become_the_reference_trees(impl, device, config):
-    drafting = Drafting(config, impl, device)
+def test_logits_become_the_reference_trees(impl, device, config, in_one):
+    drafting = Drafting(config, impl, device, in_one)
     drafting.draw(seed=1)
     drafting.run()
     drafting.check()
@@ -104,10 +100,12 @@ def test_logits_become_the_reference_trees(impl, device, config):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("impl", ["torch", "extension"])
-def test_a_graph_of_the_round_follows_its_inputs(impl, config):
+@pytest.mark.parametrize(
+    ("impl", "in_one"), [("torch", False), *(("extension", x) for x in (0, 1))]
+)
+def test_a_graph_of_the_round_follows_its_inputs(impl, in_one, config):
     """Captured once, replayed on other logits, slots and positions: no wait, no stale state."""
-    drafting = Drafting(config, impl, "cuda")
+    drafting = Drafting(config, impl, "cuda", in_one)
     drafting.draw(seed=2)
     drafting.run()
     graph = torch.cuda.CUDAGraph()
@@ -121,3 +119,32 @@ def test_a_graph_of_the_round_follows_its_inputs(impl, config):
         drafting.check()
         last = seed + config.depth - 1
         assert drafting.positions_M.eq(last).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize(("impl", "device"), WHERE)
+def test_in_one_equals_one_after_the_other(impl, device, level, dtype):
+    """Ties, NaN and rows past the batch included."""
+    whole = Drafting(TreeConfig(9, 2, 5), impl, device, in_one=True)
+    parts = Drafting(TreeConfig(9, 2, 5), impl, device)
+    for drafting in (whole, parts):
+        drafting.draw(seed=6)
+        for number, logits in enumerate(drafting.logits[:level]):
+            logits[0, 3] = float("nan")
+            logits[1] = logits[1].round()
+            more = torch.cat([logits, logits[:1]]) if drafting is whole else logits
+            drafting.logits[number] = more.to(dtype)
+        drafting.logits = drafting.logits[:level]
+        drafting.run()
+    for name, values in vars(parts.growth).items():
+        assert torch.equal(getattr(whole.growth, name), values), name
+    assert torch.equal(whole.input_ids_M, parts.input_ids_M)
+    assert torch.equal(whole.buffers.tokens_RN, parts.buffers.tokens_RN)
+
+
+def test_too_few_logits_are_refused():
+    drafting = Drafting(TreeConfig(9, 2, 5), "torch", "cpu", in_one=True)
+    drafting.logits[1] = drafting.logits[1][1:]
+    with pytest.raises(ValueError, match="logits_MV must have at least 15 rows, got 14"):
+        drafting.run()

@@ -1,7 +1,9 @@
 """Fast versions of :mod:`vllm_eagle3.tree`, and the attention kernels.
 
 Each operation checks its arguments and then runs the implementation that ``impl`` names:
-``torch``, ``triton``, or ``auto``, which is Triton on a GPU and torch elsewhere.
+``torch``, ``triton``, ``extension`` (compiled, from ``csrc/``), or ``auto``, which on a GPU is the
+first of extension, Triton and torch that the operation has and the installation holds, and
+torch elsewhere.
 """
 
 from vllm_eagle3.ops.accepted_row_index import accepted_row_index
@@ -9,6 +11,7 @@ from vllm_eagle3.ops.build_tree import build_tree
 from vllm_eagle3.ops.compact_kv import KVCacheTable, compact_kv
 from vllm_eagle3.ops.dispatch import Impl
 from vllm_eagle3.ops.draft_topk import draft_topk
+from vllm_eagle3.ops.expand_logits import expand_logits
 from vllm_eagle3.ops.expand_tree import expand_tree
 from vllm_eagle3.ops.fuse_features import fuse_features
 from vllm_eagle3.ops.gather_tree_rows import gather_tree_rows
@@ -22,6 +25,7 @@ __all__ = [
     "build_tree",
     "compact_kv",
     "draft_topk",
+    "expand_logits",
     "expand_tree",
     "finish_tree_attention",
     "fuse_features",

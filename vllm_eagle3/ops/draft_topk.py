@@ -39,6 +39,18 @@ def draft_topk(
         ValueError: logits that are not a float matrix, k out of range, or offsets of another
             type, length or device.
     """
+    check_logits(logits_MV, k, offsets_V)
+    if not use_extension(impl, logits_MV, k):
+        return _draft_topk_torch(logits_MV, k, offsets_V)
+    log_probs_MK = logits_MV.new_empty(logits_MV.shape[0], k, dtype=torch.float32)
+    tokens_MK = logits_MV.new_empty(logits_MV.shape[0], k, dtype=torch.int64)
+    scratch = split_scratch(logits_MV, k)
+    torch.ops.vllm_eagle3.draft_topk(logits_MV, offsets_V, *scratch, log_probs_MK, tokens_MK)
+    return log_probs_MK, tokens_MK
+
+
+def check_logits(logits_MV: torch.Tensor, k: int, offsets_V: torch.Tensor | None) -> None:
+    """Raise ``ValueError`` as :func:`draft_topk` says."""
     check(
         logits_MV.dim() == 2 and logits_MV.is_floating_point(),
         f"logits_MV must be a float matrix, got {logits_MV.dtype} {tuple(logits_MV.shape)}",
@@ -51,38 +63,30 @@ def draft_topk(
     if offsets_V is not None:
         check_vector("offsets_V", offsets_V, vocabulary, torch.int64)
         check_same_device(logits_MV=logits_MV, offsets_V=offsets_V)
-    if resolve(impl, logits_MV.device, ("extension",)) == "extension":
-        if k <= MAX_K and logits_MV.dtype in _LOGITS and logits_MV.stride(1) == 1:
-            return _draft_topk_extension(logits_MV, k, offsets_V)
-        check(
-            impl == "auto",
-            f'impl="extension" takes at most {MAX_K} children of bfloat16, float16 or float32 '
-            f"logits with contiguous rows, got k={k}, {logits_MV.dtype} and strides "
-            f'{logits_MV.stride()}: use impl="auto"',
-        )
-    return _draft_topk_torch(logits_MV, k, offsets_V)
 
 
-def _draft_topk_extension(
-    logits_MV: torch.Tensor, k: int, offsets_V: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_rows, vocabulary = logits_MV.shape
-    num_splits = _num_splits(num_rows, vocabulary * logits_MV.element_size(), logits_MV.device)
-
-    def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=logits_MV.device)
-
-    log_probs_MK = empty(torch.float32, num_rows, k)
-    tokens_MK = empty(torch.int64, num_rows, k)
-    torch.ops.vllm_eagle3.draft_topk(
-        logits_MV,
-        offsets_V,
-        empty(torch.int64, num_rows, num_splits, k),
-        empty(torch.float32, num_rows, num_splits, 2),
-        log_probs_MK,
-        tokens_MK,
+def use_extension(impl: Impl, logits_MV: torch.Tensor, k: int) -> bool:
+    """Whether the compiled kernel runs; ``ValueError`` where only torch can and may not."""
+    if resolve(impl, logits_MV.device, ("extension",)) != "extension":
+        return False
+    can_run = k <= MAX_K and logits_MV.dtype in _LOGITS and logits_MV.stride(1) == 1
+    check(
+        can_run or impl == "auto",
+        f'impl="extension" takes at most {MAX_K} children of bfloat16, float16 or float32 '
+        f"logits with contiguous rows, got k={k}, {logits_MV.dtype} and strides "
+        f'{logits_MV.stride()}: use impl="auto"',
     )
-    return log_probs_MK, tokens_MK
+    return can_run
+
+
+def split_scratch(logits_MV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the best k of each split of a row [M, S, k], and its sum [M, S, 2]."""
+    num_rows, vocabulary = logits_MV.shape
+    splits = _num_splits(num_rows, vocabulary * logits_MV.element_size(), logits_MV.device)
+    return (
+        logits_MV.new_empty(num_rows, splits, k, dtype=torch.int64),
+        logits_MV.new_empty(num_rows, splits, 2, dtype=torch.float32),
+    )
 
 
 def _num_splits(num_rows: int, row_bytes: int, device: torch.device) -> int:

@@ -54,19 +54,8 @@ def expand_tree(
         ValueError: a tensor of another type, layout, size or device; a level whose candidates
             have no place in the pool.
     """
-    check(level >= 1, f"level must be at least 1, got {level}")
+    num_rows = check_level(growth, level, num_reqs, root_positions_B, input_ids_M, positions_M)
     K = growth.frontier_bits_BK.shape[1]
-    capacity, num_candidates = growth.tokens_BC.shape
-    check(
-        0 <= num_reqs <= capacity,
-        f"num_reqs must be between 0 and {capacity}, for which growth has rows, got {num_reqs}",
-    )
-    check(
-        pool_size(level, K) <= num_candidates,
-        f"level={level} offers candidates up to {pool_size(level, K)}, growth holds "
-        f"{num_candidates}",
-    )
-    num_rows = num_reqs if level == 1 else num_reqs * K
     check_matrix("log_probs_MK", log_probs_MK, torch.float32)
     check_matrix("tokens_MK", tokens_MK, torch.int64)
     for name, children_MK in (("log_probs_MK", log_probs_MK), ("tokens_MK", tokens_MK)):
@@ -74,28 +63,12 @@ def expand_tree(
             children_MK.shape[0] >= num_rows and children_MK.shape[1] == K,
             f"{name} must be at least [{num_rows}, {K}], got {tuple(children_MK.shape)}",
         )
-    check_vector("root_positions_B", root_positions_B, num_reqs, torch.int64)
-    check_vector("input_ids_M", input_ids_M, num_reqs * K, torch.int32, torch.int64)
-    check_vector("positions_M", positions_M, num_reqs * K, torch.int64)
-    check_same_device(
-        growth=growth.tokens_BC,
-        log_probs_MK=log_probs_MK,
-        tokens_MK=tokens_MK,
-        root_positions_B=root_positions_B,
-        input_ids_M=input_ids_M,
-        positions_M=positions_M,
-    )
+    check_same_device(growth=growth.tokens_BC, log_probs_MK=log_probs_MK, tokens_MK=tokens_MK)
     if num_reqs == 0:
         return
     if use_extension(impl, growth):
         torch.ops.vllm_eagle3.expand_tree(
-            growth.tokens_BC,
-            growth.scores_BC,
-            growth.parents_BC,
-            growth.frontier_scores_BK,
-            growth.frontier_index_BK,
-            growth.frontier_bits_BK,
-            growth.frontier_row_BK,
+            *tensors_of(growth),
             log_probs_MK,
             tokens_MK,
             level,
@@ -116,6 +89,52 @@ def expand_tree(
 def pool_size(level: int, top_k: int) -> int:
     """Candidates offered up to a level: ``K + (level - 1) * K * K``."""
     return top_k + (level - 1) * top_k**2
+
+
+def check_level(
+    growth: GrowthBuffers,
+    level: int,
+    num_reqs: int,
+    root_positions_B: torch.Tensor,
+    input_ids_M: torch.Tensor,
+    positions_M: torch.Tensor,
+) -> int:
+    """Check what all ways to offer a level share; returns the rows of the last draft forward."""
+    check(level >= 1, f"level must be at least 1, got {level}")
+    K = growth.frontier_bits_BK.shape[1]
+    capacity, num_candidates = growth.tokens_BC.shape
+    check(
+        0 <= num_reqs <= capacity,
+        f"num_reqs must be between 0 and {capacity}, for which growth has rows, got {num_reqs}",
+    )
+    check(
+        pool_size(level, K) <= num_candidates,
+        f"level={level} offers candidates up to {pool_size(level, K)}, growth holds "
+        f"{num_candidates}",
+    )
+    check_vector("root_positions_B", root_positions_B, num_reqs, torch.int64)
+    check_vector("input_ids_M", input_ids_M, num_reqs * K, torch.int32, torch.int64)
+    check_vector("positions_M", positions_M, num_reqs * K, torch.int64)
+    check_same_device(
+        growth=growth.tokens_BC,
+        root_positions_B=root_positions_B,
+        input_ids_M=input_ids_M,
+        positions_M=positions_M,
+    )
+    return num_reqs if level == 1 else num_reqs * K
+
+
+def tensors_of(growth: GrowthBuffers) -> tuple[torch.Tensor, ...]:
+    """In the order in which the compiled operations take them."""
+    return (
+        growth.tokens_BC,
+        growth.scores_BC,
+        growth.parents_BC,
+        growth.frontier_scores_BK,
+        growth.frontier_index_BK,
+        growth.frontier_bits_BK,
+        growth.frontier_row_BK,
+    )
 
 
 def use_extension(impl: Impl, growth: GrowthBuffers) -> bool:

@@ -21,6 +21,7 @@ OPS = (
     "build_tree",
     "compact_kv",
     "draft_topk",
+    "expand_logits",
     "expand_tree",
     "fuse_features",
     "gather_tree_rows",
