@@ -5,6 +5,7 @@ import torch
 
 from tests.ops.setups import DEVICE, IMPLS, NAN, Attention, ancestors, random_parents, word, words
 from vllm_eagle3.ops import finish_tree_attention, tree_attention
+from vllm_eagle3.ops.kernels import tiling
 
 PREFIX_ARGUMENTS = ("key_cache", "value_cache", "block_table_BP", "prefix_lens_B")
 
@@ -78,6 +79,23 @@ def test_num_splits_must_be_positive():
         run(case, 0)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 33, 64])
+@pytest.mark.parametrize("batch", [1, 4, 16, 64])
+@pytest.mark.parametrize("context", [0, 100, 2048, 131072])
+def test_splits_fill_a_gpu_and_spare_its_memory(monkeypatch, rows, batch, context):
+    """32/8 heads of 128 on the 132 multiprocessors of an H200."""
+    monkeypatch.setattr(tiling, "num_sms", lambda device: 132)
+    out = torch.empty(batch * rows, 32, 128, dtype=torch.bfloat16)
+    sizes = tiling.tile_sizes(out, out[:, :8], rows, rows)
+    splits = tiling.split_prefixes(out, sizes, rows, batch, 8, context, None).num_splits
+    programs = splits * -(-rows * 4 // sizes["BLOCK_M"]) * 8 * batch
+    assert programs >= 132 or splits == max(1, context // 128)
+    # Either a small share of memory, or no more than two programs for each multiprocessor.
+    assert splits * out.numel() * 4 <= 64 << 20 or programs <= 264 or splits == 1
+    if context >= 131072 and batch * rows <= 64:
+        assert context / splits <= 4096, "one long prefix must not keep all others waiting"
+
+
 def attend_paged(case, impl, **arguments) -> torch.Tensor:
     out = torch.full_like(case.inputs["query_THD"], NAN)
     tree_attention(**case.inputs, out_THD=out, impl=impl, **case.settings, **arguments)
@@ -124,7 +142,7 @@ def test_levels_of_a_draft_gather_in_scratch(attend, impl):
         case.inputs["tree_value_SHD"] = whole_value[fresh].contiguous()
         case.inputs["tree_start_B"] = starts // 64 * 20
         found = attend(case, impl, scratch=scratch)
-        assert (found - expected).abs().max() <= 2e-6
+        assert (found - expected).abs().max() <= 5e-6
         for b in range(2):
             stored = slice(20 * b, 20 * b + level_rows * level)
             whole = slice(64 * b, 64 * b + level_rows * level)

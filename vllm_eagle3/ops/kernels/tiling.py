@@ -70,7 +70,8 @@ def finish_sizes(
     programs = batch * tree_key_SHD.shape[1]
     while block > 16 and triton.cdiv(packed, block) * programs < num_sms(out_THD.device):
         block //= 2
-    return sizes | {"BLOCK_M": block, "num_warps": 8 if block == 64 else 4, "num_stages": 1}
+    warps = 8 if out_THD.dtype == torch.float32 else 4
+    return sizes | {"BLOCK_M": block, "num_warps": warps, "num_stages": 1}
 
 
 def _constants(out_THD: torch.Tensor, tree_key_SHD: torch.Tensor) -> dict[str, Any]:
