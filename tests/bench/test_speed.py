@@ -18,6 +18,8 @@ READY = {
     "torch": "2.13",
     "dtype": "bfloat16",
     "enforce_eager": False,
+    "cudagraph_mode": "FULL_AND_PIECEWISE",
+    "graph_warnings": [],
 }
 
 
@@ -169,6 +171,21 @@ def test_a_widened_pair_says_so(parse, engines, tmp_path):
     assert speed.run(args) == 0
     assert read(args)["notes"] == ["No model."]
     assert "\nNo model.\n" in args.output.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("told", "note"),
+    [
+        ({"enforce_eager": True}, "without CUDA graphs"),
+        ({"cudagraph_mode": "NONE"}, "without CUDA graphs"),
+        ({"graph_warnings": ["CUDAGraphMode.FULL is not supported"]}, "FULL is not supported"),
+    ],
+)
+def test_engines_without_graphs_are_told(parse, engines, monkeypatch, told, note):
+    monkeypatch.setitem(globals(), "READY", READY | told)
+    args = parse("--chain 3 --tree 8 --batch 1 --temperature 0 --repeats 1")
+    assert speed.run(args) == 0
+    assert any(note in text for text in read(args)["notes"])
 
 
 def test_graphs_of_large_batches():

@@ -191,6 +191,9 @@ class Comparison:
                     break
                 self._cell(engines, cell, number)
             for batch_size in self._settings.profile:
+                if self._settings.out_of_time:
+                    _say("no time is left to split steps")
+                    break
                 self._profile(engines, batch_size, cells[0].temperature)
             for engine in engines.values():
                 engine.stop()

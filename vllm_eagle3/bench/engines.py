@@ -1,6 +1,7 @@
 """Engines that stay alive side by side, one process each, of which one at a time is asked."""
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from vllm_eagle3.bench.jobs import WorkerError, WorkerProcess, worker_error
 
 _MODULE = "vllm_eagle3.bench.timing"
 _SHUTDOWN_SECONDS = 20
+_GRAPH_WARNING = re.compile(r"CUDAGraphMode\.\w+ is not supported.*|Skipping CUDA graph capture")
 
 
 class Engine:
@@ -65,6 +67,9 @@ class Engine:
             WorkerError: it failed or took longer than ``timeout`` seconds. So do the others.
         """
         self.ready = self._await("ready", timeout)
+        text = self._log_path.read_text(encoding="utf-8", errors="replace")
+        # The engine's process decides at last, and tells its log only.
+        self.ready["graph_warnings"] = sorted(set(_GRAPH_WARNING.findall(text)))
         return self.ready
 
     def measure(

@@ -82,11 +82,12 @@ def describe(llm: "LLM") -> dict[str, Any]:
 
 
 def describe_memory(llm: "LLM") -> dict[str, Any]:
-    """Whether CUDA graphs are on, and the size of the KV cache in blocks and in tokens."""
+    """How CUDA graphs were asked for, and the size of the KV cache in blocks and in tokens."""
     config = llm.llm_engine.vllm_config
     blocks, size = config.cache_config.num_gpu_blocks, config.cache_config.block_size
     return {
         "enforce_eager": bool(config.model_config.enforce_eager),
+        "cudagraph_mode": getattr(config.compilation_config.cudagraph_mode, "name", None),
         "num_gpu_blocks": blocks,
         "block_size": size,
         "kv_cache_tokens": blocks * size if blocks and size else None,

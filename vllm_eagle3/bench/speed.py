@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=10)
     add("--max-tokens", type=int, default=96, help="tokens of every output")
     add("--prompts-per-repeat", type=int, default=3, help="at least; in batches of full size")
-    add("--max-prompt", type=int, default=384, help="leave longer prompts out (tokens)")
+    add("--max-prompt", type=int, default=256, help="leave longer prompts out (tokens)")
     add(
         "--data",
         nargs="+",

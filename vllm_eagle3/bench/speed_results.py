@@ -92,15 +92,13 @@ class SpeedResults:
         """Take in what an engine told about itself."""
         engine = {key: value for key, value in engine.items() if key != "event"}
         self._entry(name)["engine"] = engine
-        notes = self.data["notes"]
+        notes = []
         if "CPU" in engine["device"]:
-            note = "Measured on a CPU through Triton's interpreter: a test, no speeds."
-        elif engine["enforce_eager"]:
-            note = "Measured without CUDA graphs: no fair comparison."
-        else:
-            return
-        if note not in notes:
-            notes.append(note)
+            notes.append("Measured on a CPU through Triton's interpreter: a test, no speeds.")
+        elif engine["enforce_eager"] or engine["cudagraph_mode"] == "NONE":
+            notes.append("Measured without CUDA graphs: no fair comparison.")
+        notes += [f"`{name}`: {warning}" for warning in engine["graph_warnings"]]
+        self.data["notes"] += [note for note in notes if note not in self.data["notes"]]
 
     def failed(self, name: str, error: str) -> None:
         """Note why a configuration has no further figures, and write."""

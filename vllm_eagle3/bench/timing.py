@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 Emit = Callable[[dict[str, Any]], None]
 Command = dict[str, Any]
+
+_request_ids = map(str, count())
 
 
 def run(job: dict[str, Any], commands: "queue.Queue[Command]", emit: Emit) -> None:
@@ -64,7 +67,7 @@ def _answer(llm: "LLM", wave: list[dict[str, Any]], command: Command) -> dict[st
 
     engine = llm.llm_engine
     clock = _Clock(len(wave))
-    for number, request in enumerate(wave):
+    for request in wave:
         sampling = SamplingParams(
             temperature=command["temperature"],
             max_tokens=command["max_tokens"],
@@ -74,7 +77,7 @@ def _answer(llm: "LLM", wave: list[dict[str, Any]], command: Command) -> dict[st
             # One output for each engine step: the step's own tokens.
             output_kind=RequestOutputKind.DELTA,
         )
-        engine.add_request(str(number), {"prompt_token_ids": request["prompt"]}, sampling)
+        engine.add_request(next(_request_ids), {"prompt_token_ids": request["prompt"]}, sampling)
     while engine.has_unfinished_requests():
         outputs = engine.step()
         clock.step(
@@ -150,7 +153,7 @@ def _profile(llm: "LLM", command: Command) -> str | None:
         _answer(llm, wave, command)
     llm.stop_profile()
     config = llm.llm_engine.vllm_config.profiler_config
-    traces = Path(config.torch_profiler_dir).glob(f"{command['prefix']}*.pt.trace.json*")
+    traces = Path(config.torch_profiler_dir).glob(f"{command['prefix']}_*.pt.trace.json*")
     return max(map(str, traces), default=None)
 
 
