@@ -54,8 +54,9 @@ def test_softcap_and_grouped_heads():
     case.assert_right(run(case, 4))
 
 
-def test_more_rows_than_a_tile_holds():
-    case = Attention([70], trees(40), heads=4, kv_heads=1)
+@pytest.mark.parametrize(("nodes", "dtype"), [(40, torch.float32), (64, torch.float16)])
+def test_more_rows_than_a_tile_holds(nodes, dtype):
+    case = Attention([70], trees(nodes), heads=4, kv_heads=1, dtype=dtype)
     case.assert_right(run(case, 2))
 
 

@@ -45,7 +45,7 @@ def tile_sizes(
     packed = max_query_len * group
     tallest = 64 if head_dim <= 128 and not wide else 32
     # Two tiles of 64 rows become one where that pads no further: keys are read once.
-    tall = tallest == 64 and (packed % 128 == 0 or packed % 128 > 64) and not interpreted()
+    tall = tallest == 64 and (packed % 128 == 0 or packed % 128 > 64)
     return {
         **_constants(out_THD, tree_key_SHD),
         "BLOCK_M": 128 if tall else _clamp(packed, tallest),
