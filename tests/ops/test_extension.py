@@ -96,6 +96,8 @@ def a_step(cache: torch.Tensor) -> None:
     )
     growing = random_round(TreeConfig(5, 3, 4), "extension", DEVICE.type)
     growing.offer_all().build([0, 1, 2], [False] * 3, 6)
+    frontier = (growing.root_positions_B, 9, growing.input_ids_M, growing.positions_M)
+    ops.expand_logits(growing.growth, fused_TF, None, 1, 3, *frontier, **settings)
     ops.draft_topk(fused_TF, 4, torch.arange(24, device=DEVICE), **settings)
 
 
