@@ -90,7 +90,7 @@ def test_splits_fill_a_gpu_and_spare_its_memory(monkeypatch, rows, batch, contex
     sizes = tiling.tile_sizes(out, out[:, :8], rows, rows)
     splits = tiling.split_prefixes(out, sizes, rows, batch, 8, context, None).num_splits
     programs = splits * -(-rows * 4 // sizes["BLOCK_M"]) * 8 * batch
-    assert programs >= 132 or splits == max(1, context // 128)
+    assert programs >= 0.9 * 132 or splits == max(1, context // 128)
     # Either a small share of memory, or no more than two programs for each multiprocessor.
     assert splits * out.numel() * 4 <= 64 << 20 or programs <= 264 or splits == 1
     if context >= 131072 and batch * rows <= 64:
