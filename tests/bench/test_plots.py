@@ -38,26 +38,6 @@ def test_nothing_measured_makes_no_plots(tmp_path):
     assert write(results(), tmp_path / "r.json") == []
 
 
-def test_plots_of_results_in_a_file(tmp_path, measured, capsys):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "r.json"
-    path.write_text(json.dumps(measured))
-    assert cli.main(["bench", "plot", str(path)]) == 0
-    assert "### T=0" in path.with_suffix(".md").read_text()
-    assert capsys.readouterr().out.split() == [
-        str(tmp_path / "r-speedup.png"),
-        str(tmp_path / "r-steps.png"),
-    ]
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "other"}'])
-def test_other_files_are_refused(tmp_path, text, capsys):
-    path = tmp_path / "r.json"
-    path.write_text(text)
-    assert cli.main(["bench", "plot", str(path)]) == 2
-    assert "r.json: not" in capsys.readouterr().err
-
-
 def test_without_matplotlib_the_extra_is_named(tmp_path, measured, monkeypatch, capsys):
     real = builtins.__import__
 

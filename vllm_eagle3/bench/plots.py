@@ -117,7 +117,7 @@ def _steps(results: dict[str, Any], path: Path) -> None:
         axis.set_xticks(positions, [profile["name"] for profile in shown], rotation=30, ha="right")
         axis.set_title(f"batch {batch_size}")
     axes[0].set_ylabel("ms for each step")
-    axes[-1].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize="small", loc="outside right")
     figure.suptitle(_title(results), fontsize="small")
     figure.savefig(path)
 
