@@ -72,6 +72,11 @@ COMMANDS = (
         "KV blocks of chains and trees in the same GPU memory",
     ),
     Command(
+        ("bench", "attention"),
+        "vllm_eagle3.bench.attention",
+        "attention to trees beside FlashAttention 3 on chains",
+    ),
+    Command(
         ("bench", "widen"),
         "vllm_eagle3.bench.widen",
         "write a pair of a small model's function and a large one's cost",
