@@ -47,6 +47,8 @@ def launch(
     num_rows, num_heads, head_dim = query_THD.shape
     num_kv_heads, batch = tree_key_SHD.shape[1], query_start_loc_B1.shape[0] - 1
     sizes = tile_sizes(out_THD, tree_key_SHD, max_query_len, max_tree_len)
+    if sliding_window is not None:
+        max_prefix_len = min(max_prefix_len, sliding_window)
     splits = split_prefixes(
         out_THD, sizes, max_query_len, batch, num_kv_heads, max_prefix_len, num_splits
     )
