@@ -25,7 +25,9 @@ def started(monkeypatch):
         def __exit__(self, *_):
             alive.clear()
 
-        def stop(self): ...
+        def ask_to_stop(self): ...
+
+        def wait_stopped(self): ...
 
         def wait_ready(self, timeout):
             if self.drafts == 63:

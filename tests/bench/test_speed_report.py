@@ -53,6 +53,7 @@ def test_notes_profiles_and_failures():
     text = render(measured)
     assert "\n\nWidened.\n\n" in text
     assert (
-        "| `tree-8` | 1 | 6.500 | 5.000 | 0.100 | 1.000 | 0.200 | 0.100 | 0.100 | 0.500 |" in text
+        "| `tree-8` | 1 | 130.000 | 6.500 | 5.000 | 0.100 | 1.000 | 0.200 | 0.100 | 0.100 | 0.500 |"
+        in text
     )
     assert "`chain-3` failed:\n\n```\nout of memory\n```" in text

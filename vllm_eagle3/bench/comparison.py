@@ -161,7 +161,7 @@ class Comparison:
         remaining, anchors = list(self._configurations), []
         while remaining and not self._settings.out_of_time:
             names, remaining = take_round(remaining, anchors, self._settings.engines_at_once)
-            self._round(names, cells)
+            self._round(names, cells, is_last=not remaining)
             anchors = anchors or self._anchors(len(remaining))
 
     def _anchors(self, num_remaining: int) -> list[str]:
@@ -173,7 +173,7 @@ class Comparison:
         names = [PLAIN.name] if PLAIN.name in self._configurations else []
         return names + [name for name, _ in best.most_common(1)]
 
-    def _round(self, names: Sequence[str], cells: Sequence[Cell]) -> None:
+    def _round(self, names: Sequence[str], cells: Sequence[Cell], is_last: bool) -> None:
         number = self._results.begin_round(names)
         _say(f"starting {', '.join(names)}")
         with ExitStack() as stack:
@@ -195,8 +195,12 @@ class Comparison:
                     _say("no time is left to split steps")
                     break
                 self._profile(engines, batch_size, cells[0].temperature)
-            for engine in engines.values():
-                engine.stop()
+            if not is_last:
+                # Else the next round would find their memory still taken.
+                for engine in engines.values():
+                    engine.ask_to_stop()
+                for engine in engines.values():
+                    engine.wait_stopped()
 
     def _make(self, configuration: Configuration) -> Engine:
         environment = {}

@@ -98,9 +98,12 @@ class Engine:
         trace = self._await("profiled", timeout)["trace"]
         return Path(trace) if trace else None
 
-    def stop(self) -> None:
-        """End the engine in its own way, so that its memory is free when this returns."""
+    def ask_to_stop(self) -> None:
+        """Let the engine end in its own way; see :meth:`wait_stopped`."""
         self._worker.send({"command": "stop"})
+
+    def wait_stopped(self) -> None:
+        """Wait until the engine has ended, and its memory is free."""
         self._worker.wait(_SHUTDOWN_SECONDS)
 
     def _receive(self) -> None:

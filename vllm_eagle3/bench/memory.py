@@ -77,7 +77,8 @@ def _start(
     with Engine(configuration.name, settings | speculative, log_path) as engine:
         ready = engine.wait_ready(args.timeout)
         # In its own way, so that its memory is free for the next.
-        engine.stop()
+        engine.ask_to_stop()
+        engine.wait_stopped()
     return {key: value for key, value in ready.items() if key != "event"}
 
 

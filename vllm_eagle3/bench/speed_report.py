@@ -32,7 +32,7 @@ def render(results: dict[str, Any]) -> str:
             _by_batch(cells, names, lambda cell, name: _step(results, cell, name)),
         ]
     if results["profiles"]:
-        parts += ["### A step's time in ms, under the profiler", _profiles(results["profiles"])]
+        parts += ["### A step's time in ms, under the profiler", _profiles(results)]
     parts += [
         f"`{entry['name']}` failed:\n\n```\n{entry['error']}\n```"
         for entry in results["configurations"]
@@ -127,16 +127,26 @@ def least_step_ms(results: dict[str, Any], name: str, batch_size: int) -> float 
     return cost.step_ms(batch_size, context, entry["draft_forwards"])
 
 
-def _profiles(profiles: Sequence[dict[str, Any]]) -> str:
-    header = ["configuration", "batch", "step", *CATEGORIES, "not target or draft"]
+def _profiles(results: dict[str, Any]) -> str:
+    header = ["configuration", "batch", "unprofiled", "step", *CATEGORIES, "not target or draft"]
+    profiles = sorted(results["profiles"], key=lambda profile: profile["batch_size"])
     rows = [
         [
             f"`{profile['name']}`",
             str(profile["batch_size"]),
+            _unprofiled(results, profile),
             f"{profile['step_ms']:.3f}",
             *(f"{profile['ms'][category]:.3f}" for category in CATEGORIES),
             f"{profile['step_ms'] - profile['ms']['target'] - profile['ms']['draft']:.3f}",
         ]
-        for profile in sorted(profiles, key=lambda profile: profile["batch_size"])
+        for profile in profiles
     ]
     return table(header, rows)
+
+
+def _unprofiled(results: dict[str, Any], profile: dict[str, Any]) -> str:
+    """The same step's time without the profiler, which slows steps down."""
+    setting = profile["batch_size"], profile["temperature"]
+    cells = [c for c in results["summary"] if (c["batch_size"], c["temperature"]) == setting]
+    figures = [figure for c in cells if (figure := _figure(c, profile["name"], "step_ms"))]
+    return f"{figures[0]['median']:.3f}" if figures else ""
