@@ -18,6 +18,18 @@ template <typename Visit>
 __device__ __forceinline__ void merge_splits(const DraftTopkParams& p, int row, Visit visit) {
   constexpr int E = 4;
   const int lane = threadIdx.x % kWarp;
+  const int count = p.num_splits * p.k;
+  const int64_t* partial = p.partial_best + int64_t{row} * count;
+  uint64_t next[E];
+  const auto load = [&](int begin) {
+#pragma unroll
+    for (int j = 0; j < E; ++j) {
+      const int place = begin + lane * E + j;
+      next[j] = place < count ? partial[place] : 0;
+    }
+  };
+  // Nothing waits for these before the sums are on their way, too.
+  load(0);
   SoftmaxSum sum;
   for (int split = lane; split < p.num_splits; split += kWarp) {
     const int64_t part = int64_t{row} * p.num_splits + split;
@@ -26,18 +38,15 @@ __device__ __forceinline__ void merge_splits(const DraftTopkParams& p, int row, 
   sum.reduce_warp();
 
   WarpBest best;
-  const int count = p.num_splits * p.k;
-  const int64_t* partial = p.partial_best + int64_t{row} * count;
   for (int begin = 0; begin < count; begin += kWarp * E) {
     uint32_t keys[E];
     int ids[E];
 #pragma unroll
     for (int j = 0; j < E; ++j) {
-      const int place = begin + lane * E + j;
-      const uint64_t found = place < count ? partial[place] : 0;
-      keys[j] = static_cast<uint32_t>(found >> 32);
-      ids[j] = static_cast<int>(static_cast<uint32_t>(found));
+      keys[j] = static_cast<uint32_t>(next[j] >> 32);
+      ids[j] = static_cast<int>(static_cast<uint32_t>(next[j]));
     }
+    load(begin + kWarp * E);
     best.offer(keys, ids, p.k);
   }
   if (lane < p.k) visit(lane, sum.log_prob(value_of(best.key)), token_of(p, best.id));

@@ -106,9 +106,10 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const DraftTopkParams p
     sums[warp] = sum.sum;
   }
   __syncthreads();
+  // Lane i of each warp takes the sum of warp i.
   SoftmaxSum total;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) total.merge(SoftmaxSum{maxima[i], sums[i]});
+  if (lane < kWarps) total = SoftmaxSum{maxima[lane], sums[lane]};
+  total.reduce_warp();
 
   const bool wants_splits = p.num_splits > 1 || p.log_probs == nullptr;
   const int64_t part = int64_t{row_number} * p.num_splits + split;
