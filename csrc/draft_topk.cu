@@ -2,8 +2,8 @@
 //
 // A row is split over blocks, a split over warps, in order of token ids. Each warp keeps the best
 // k of its part and the sum of its exponentials; a block merges its warps, and a second kernel
-// the blocks (here, or expand_logits). There is no counter and no state between launches, so that a CUDA graph of them
-// can be replayed, and aborted, at any point.
+// (merge_kernel, or that of expand_logits) the blocks. No counter and no other state outlives the
+// two: a CUDA graph can replay them in any order with others.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
