@@ -18,4 +18,5 @@ def scale_arguments(scales: Scales | None) -> tuple[tuple[Any, Any, Any], dict[s
     """The scales as the kernels take them, and the constants that say what they are."""
     on_device = scales is not None and torch.is_tensor(scales[1])
     constants = {"QUANTISED": scales is not None, "SCALES_ON_DEVICE": on_device}
-    return scales or (None, None, None), constants
+    # Not None for those of keys and values: the compiler cannot hand it on.
+    return scales or (None, 1.0, 1.0), constants
