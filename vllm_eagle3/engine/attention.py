@@ -169,10 +169,7 @@ class TreeImpl:
         row = 0
         if tree is not None:
             row = tree.num_tokens
-            keys, values = key[:row], value[:row]
-            if tree.scratch is not None:
-                keys, values = tree.scratch.store(tree.num_reqs, keys, values)
-            self.attend(query[:row], keys, values, kv_cache, attn_metadata, output[:row])
+            self.attend(query[:row], key[:row], value[:row], kv_cache, attn_metadata, output[:row])
         if tail is not None:
             stock(layer, query[row:], key[row:], value[row:], kv_cache, tail, output[row:])
         return output
@@ -205,8 +202,10 @@ class TreeImpl:
             scale=self.scale,
             max_query_len=tree.max_query_len,
             max_tree_len=tree.max_tree_len,
+            max_prefix_len=tree.max_prefix_len,
             softcap=self.logits_softcap,
             sliding_window=self.window,
+            scratch=tree.scratch,
         )
 
     def split_cache(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -89,7 +89,7 @@ class FlashTreeBuilder(TreeMetadataBuilder):
             causal=False,
             num_splits=num_splits,
         )
-        if tree.scratch is None and num_splits:
+        if num_splits and tree.scratch is None:
             # What the kernel finds past its plan it would take for work.
             size = planned.shape[0]
             self._schedule[:size] = planned
@@ -158,6 +158,7 @@ class FlashTreeImpl(TreeImpl, FlashAttentionImpl):
             max_query_len=tree.max_query_len,
             max_tree_len=tree.max_tree_len,
             softcap=self.logits_softcap,
+            scratch=tree.scratch,
         )
 
 

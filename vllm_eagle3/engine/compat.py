@@ -29,6 +29,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 _LAZY = {
     "CPUAttentionBackend": "vllm.v1.attention.backends.cpu_attn",
     "CPUAttentionBackendImpl": "vllm.v1.attention.backends.cpu_attn",
+    "Eagle3LlamaForCausalLM": "vllm.model_executor.models.llama_eagle3",
     "FlashAttentionBackend": "vllm.v1.attention.backends.flash_attn",
     "FlashAttentionImpl": "vllm.v1.attention.backends.flash_attn",
     "FlashAttentionMetadataBuilder": "vllm.v1.attention.backends.flash_attn",

@@ -9,7 +9,7 @@ import copy
 import torch
 
 from vllm_eagle3.config import TreeConfig
-from vllm_eagle3.engine.tree_batch import DraftScratch, TreeRows
+from vllm_eagle3.engine.tree_batch import TreeRows
 from vllm_eagle3.tree.types import GrowthBuffers
 
 
@@ -23,23 +23,26 @@ class Frontier:
         root_positions_B: int64 draft position at which the root's children are expanded:
             the draft's slot for a token stands one before the token.
         prefix_lens_B: int32 committed tokens in the draft's cache; 0 for padded requests.
-        scratch: keys and values of the nodes expanded so far.
+        scratch: keys and values [nodes, kv heads, head size] of the nodes expanded so far.
+            Nothing of a tree enters the paged cache of the draft, which therefore holds
+            committed tokens only and needs no slots past vLLM's own.
+        reqs_at_once: requests whose trees grow together.
     """
 
     def __init__(
         self,
         config: TreeConfig,
         max_num_reqs: int,
+        reqs_at_once: int,
         hidden_size: int,
-        scratch: DraftScratch,
+        kv_shape: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         K = config.top_k
         self.top_k = K
-        self.scratch = scratch
+        self.reqs_at_once = reqs_at_once
         self.growth = GrowthBuffers(max_num_reqs, config, device)
-        reqs_at_once = scratch.keys.shape[0]
 
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -51,7 +54,12 @@ class Frontier:
         self.states_MH = zeros(dtype, reqs_at_once * K, hidden_size)
         starts = torch.arange(reqs_at_once + 1, dtype=torch.int32, device=device)
         self._query_start_loc = starts * K
-        self._tree_start = starts[:-1] * scratch.keys.shape[1]
+        num_expanded = max(1, config.num_expanded)
+        self._tree_start = starts[:-1] * num_expanded
+        self.scratch = (
+            zeros(dtype, reqs_at_once * num_expanded, *kv_shape),
+            zeros(dtype, reqs_at_once * num_expanded, *kv_shape),
+        )
         # Nodes that a row of each level may see, its own level included.
         self._tree_lens = [
             torch.full((reqs_at_once,), level * K, dtype=torch.int32, device=device)
@@ -76,7 +84,7 @@ class Frontier:
 
     def batches(self, num_reqs: int) -> list[slice]:
         """Requests that can grow at once, by place in the batch."""
-        size = self.scratch.keys.shape[0]
+        size = self.reqs_at_once
         return [slice(first, min(first + size, num_reqs)) for first in range(0, num_reqs, size)]
 
     def grown(self, reqs: slice) -> GrowthBuffers:
@@ -110,7 +118,6 @@ class Frontier:
         )
 
     def advance(self, rows: TreeRows, level: int) -> None:
-        """Move the rows to a level, counted from 1: K more nodes to see and to store."""
+        """Move the rows to a level, counted from 1: K more nodes to see and to keep."""
         rows.tree_lens = self._tree_lens[level][: rows.num_reqs]
         rows.max_tree_len = level * self.top_k
-        self.scratch.first_node = (level - 1) * self.top_k

@@ -22,7 +22,6 @@ from vllm_eagle3.engine.compat import (
     set_forward_context,
 )
 from vllm_eagle3.engine.frontier import Frontier
-from vllm_eagle3.engine.tree_batch import DraftScratch
 from vllm_eagle3.tree.types import GrowthBuffers
 
 if TYPE_CHECKING:
@@ -36,27 +35,26 @@ class TreeGrowth(EagleSpeculator):
         super().__init__(vllm_config, device)
         self.config = config
         draft = self.draft_model_config
-        scratch = DraftScratch(
+        self.frontier = Frontier(
+            config,
+            self.max_num_reqs,
+            # The draft is compiled for so many rows at once.
             max(1, min(self.max_num_reqs, self.max_num_tokens // config.top_k)),
-            max(1, config.num_expanded),
-            draft.get_num_kv_heads(vllm_config.parallel_config),
-            draft.get_head_size(),
+            self.hidden_size,
+            (draft.get_num_kv_heads(vllm_config.parallel_config), draft.get_head_size()),
             self.dtype,
             device,
         )
-        self.frontier = Frontier(
-            config, self.max_num_reqs, self.hidden_size, scratch, self.dtype, device
-        )
-        # The K best children of each row of the draft prefill.
-        self._children: tuple[torch.Tensor, torch.Tensor] | None = None
+        # Of the draft prefill, over the draft vocabulary.
+        self._root_logits_BV: torch.Tensor | None = None
         self._captures_round = False
         # Whether the graph of the draft prefill has grown the trees of this step as well.
         self._grown_with_prefill = False
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The K best children of each row [M, H]; returns the best token [M] as vLLM expects."""
-        self._children = self._best_children(hidden_states)
-        return self._children[1][:, 0]
+        """Keeps the logits of the roots; the tokens [B] that it returns are yet to be drafted."""
+        self._root_logits_BV = self._logits(hidden_states)
+        return self.draft_tokens[: hidden_states.shape[0], 0]
 
     def _configure_decode_metadata_update(self) -> None:
         self.supports_decode_metadata_update = False
@@ -93,7 +91,7 @@ class TreeGrowth(EagleSpeculator):
         self.frontier.set_roots(
             num_reqs, buffers.positions, buffers.seq_lens, self.max_model_len - 1
         )
-        self._expand(self.frontier.growth, slice(0, num_reqs), *self._children, level=1)
+        self._expand(self.frontier.growth, slice(0, num_reqs), self._root_logits_BV, level=1)
         if self._captures_round and cudagraph_runtime_mode == CUDAGraphMode.NONE:
             self._generate_draft(num_reqs, num_reqs, attn_metadata)
 
@@ -145,23 +143,18 @@ class TreeGrowth(EagleSpeculator):
             if metadata is not None:
                 frontier.advance(metadata.tree, level)
             last_MH, states = self._run_frontier(reqs, metadata)
-            self._expand(growth, reqs, *self._best_children(last_MH), level=level + 1)
+            self._expand(growth, reqs, self._logits(last_MH), level=level + 1)
 
     def _expand(
-        self,
-        growth: GrowthBuffers,
-        reqs: slice,
-        log_probs_MK: torch.Tensor,
-        tokens_MK: torch.Tensor,
-        level: int,
+        self, growth: GrowthBuffers, reqs: slice, logits_MV: torch.Tensor, level: int
     ) -> None:
         """Offer a level's candidates, and choose the next frontier of the requests."""
         K = self.config.top_k
         rows = slice(reqs.start * K, reqs.stop * K)
-        ops.expand_tree(
+        ops.expand_logits(
             growth,
-            log_probs_MK,
-            tokens_MK,
+            logits_MV,
+            self.model.draft_id_to_target_id,
             level,
             reqs.stop - reqs.start,
             self.frontier.root_positions_B[reqs],
@@ -208,7 +201,6 @@ class TreeGrowth(EagleSpeculator):
                 inputs_embeds=embeds,
             )
 
-    def _best_children(self, hidden_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The K best children of each row, log-probabilities and target token ids."""
-        logits_MV = self.model.logits_processor(self.model.lm_head, hidden_MH)
-        return ops.draft_topk(logits_MV, self.config.top_k, self.model.draft_id_to_target_id)
+    def _logits(self, hidden_MH: torch.Tensor) -> torch.Tensor:
+        """Over the draft vocabulary [M, Vd]."""
+        return self.model.logits_processor(self.model.lm_head, hidden_MH)

@@ -124,12 +124,22 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         *members(
             "vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM",
             "combine_hidden_states",
+            "combine_hidden_states",
             "draft_id_to_target_id",
             "embed_input_ids",
             "forward",
             "lm_head",
             "logits_processor",
+            "model",
         ),
+        *members(
+            "vllm.model_executor.models.llama_eagle3:LlamaModel",
+            "fc",
+            "fc_norm",
+            "input_norm",
+            "norm_before_fc",
+        ),
+        "vllm.model_executor.layers.layernorm:RMSNorm.variance_epsilon",
     ),
     Hook("model.get_model_state_cls", "official: set on the target"): (
         f"{_GPU}.model_states:resolve_model_state_cls",

@@ -10,6 +10,7 @@ from vllm_eagle3.engine import attention
 from vllm_eagle3.engine.compat import (
     Attention,
     DefaultModelState,
+    Eagle3LlamaForCausalLM,
     get_layers_from_vllm_config,
     resolve_model_state_cls,
 )
@@ -108,10 +109,28 @@ class TreeSpeculator(TreeGrowth):
         self, aux_hidden_states: list[torch.Tensor], batch: "InputBatch", dummy_run: bool
     ) -> torch.Tensor:
         """The head's input state for each row [T, H], accepted paths in front of their requests."""
+        num_rows, hidden_size = aux_hidden_states[0].shape
+        rows_T = None
         if batch.num_draft_tokens and not dummy_run:
-            rows_T = self._commit(batch, aux_hidden_states[0].shape[0])
-            aux_hidden_states = [states[rows_T] for states in aux_hidden_states]
-        return self.model.combine_hidden_states(torch.cat(aux_hidden_states, dim=-1))
+            rows_T = self._commit(batch, num_rows)
+        if (
+            type(self.model).combine_hidden_states
+            is not Eagle3LlamaForCausalLM.combine_hidden_states
+        ):
+            if rows_T is not None:
+                aux_hidden_states = [states[rows_T] for states in aux_hidden_states]
+            return self.model.combine_hidden_states(torch.cat(aux_hidden_states, dim=-1))
+        head = self.model.model
+        norms = head.fc_norm or ([head.input_norm] if head.norm_before_fc else [])
+        fused_TF = aux_hidden_states[0].new_empty(num_rows, hidden_size * len(aux_hidden_states))
+        ops.fuse_features(
+            aux_hidden_states,
+            rows_T,
+            [norm.weight for norm in norms],
+            norms[0].variance_epsilon if norms else 0.0,
+            fused_TF,
+        )
+        return head.fc(fused_TF)
 
     def _commit(self, batch: "InputBatch", num_rows: int) -> torch.Tensor:
         """Bring the accepted path to the front of its request's rows: KV and token ids.
@@ -128,10 +147,7 @@ class TreeSpeculator(TreeGrowth):
             batch.cu_num_logits,
         )
         ops.compact_kv(self.tree.cache_table, groups, *path)
-        rows_T = ops.accepted_row_index(*path, num_rows)
-        ids_T = batch.input_ids
-        ids_T.copy_(ids_T[rows_T[: ids_T.shape[0]]])
-        return rows_T
+        return ops.accepted_row_index(*path, num_rows, token_ids_T=batch.input_ids)
 
     def _publish(self, growth: GrowthBuffers, reqs: slice, level: int) -> None:
         """Rerank; write the trees to their request slots, and the drafts to vLLM's buffer."""

@@ -25,8 +25,8 @@ class TreeRows:
         tree_lens: int32 [B] nodes of each request, at most 64.
         ancestor_bits: int64 [T] nodes that a row sees.
         max_query_len, max_tree_len, max_prefix_len: host-side upper bounds.
-        scratch: where the nodes' keys and values are kept; None if they are the step's
-            own rows.
+        scratch: keys and values of all nodes, to which the step's own rows are added; None if
+            the step's own rows are all nodes.
     """
 
     num_reqs: int
@@ -39,40 +39,7 @@ class TreeRows:
     max_query_len: int
     max_tree_len: int
     max_prefix_len: int
-    scratch: "DraftScratch | None" = None
-
-
-class DraftScratch:
-    """Keys and values of the nodes that the draft expands: one layer, K nodes a level.
-
-    Nothing of a tree enters the paged cache of the draft, which therefore holds committed
-    tokens only and needs no slots past vLLM's own.
-    """
-
-    def __init__(
-        self,
-        max_num_reqs: int,
-        num_nodes: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (max_num_reqs, num_nodes, num_kv_heads, head_size)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.first_node = 0
-
-    def store(
-        self, num_reqs: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a level's rows [B * K, heads, head size]; return all rows, flat."""
-        shape = (num_reqs, -1, *self.keys.shape[2:])
-        level = key.reshape(shape).shape[1]
-        span = slice(self.first_node, self.first_node + level)
-        self.keys[:num_reqs, span] = key.reshape(shape)
-        self.values[:num_reqs, span] = value.reshape(shape)
-        return self.keys.flatten(0, 1), self.values.flatten(0, 1)
+    scratch: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class TreeBatch:
