@@ -18,8 +18,8 @@ class Frontier:
 
     Attributes:
         growth: candidates and frontier of each request of the batch.
-        input_ids_M, positions_M, states_MH: inputs of the draft's forward over one level,
-            K rows a request.
+        input_ids_M, positions_M: inputs of the draft's forward over one level, K rows a
+            request.
         root_positions_B: int64 draft position at which the root's children are expanded:
             the draft's slot for a token stands one before the token.
         prefix_lens_B: int32 committed tokens in the draft's cache; 0 for padded requests.
@@ -51,7 +51,8 @@ class Frontier:
         self.prefix_lens_B = zeros(torch.int32, max_num_reqs)
         self.input_ids_M = zeros(torch.int32, max_num_reqs * K)
         self.positions_M = zeros(torch.int64, max_num_reqs * K)
-        self.states_MH = zeros(dtype, reqs_at_once * K, hidden_size)
+        shape = (reqs_at_once * K, hidden_size)
+        self._states = (zeros(dtype, *shape), zeros(dtype, *shape))
         starts = torch.arange(reqs_at_once + 1, dtype=torch.int32, device=device)
         self._query_start_loc = starts * K
         num_expanded = max(1, config.num_expanded)
@@ -95,10 +96,17 @@ class Frontier:
                 setattr(view, name, values[reqs])
         return view
 
-    def gather_states(self, growth: GrowthBuffers, source: torch.Tensor, num_reqs: int) -> None:
-        """Give each row of the level the draft's state of its parent, a row of ``source``."""
+    def gather_states(
+        self, growth: GrowthBuffers, source: torch.Tensor, num_reqs: int, level: int
+    ) -> torch.Tensor:
+        """The draft's state of each row's parent, a row of ``source``: [M, H].
+
+        Levels take turns in two buffers: vLLM's layers add to their input in place, so that
+        the states of the last level may stand where its inputs stood.
+        """
         rows_M = growth.frontier_row_BK[:num_reqs].flatten()
-        torch.index_select(source, 0, rows_M, out=self.states_MH[: rows_M.shape[0]])
+        states_MH = self._states[level % 2][: rows_M.shape[0]]
+        return torch.index_select(source, 0, rows_M, out=states_MH)
 
     def rows(self, reqs: slice, max_prefix_len: int) -> TreeRows:
         """The attention rows of the first level; :meth:`advance` moves them on."""

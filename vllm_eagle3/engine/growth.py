@@ -139,10 +139,10 @@ class TreeGrowth(EagleSpeculator):
         metadata = self._level_metadata(reqs) if has_cache else None
         states = self.hidden_states  # of the roots, which level 1 counts through the batch
         for level in range(1, self.config.depth):
-            frontier.gather_states(growth, states, num_reqs)
+            inputs = frontier.gather_states(growth, states, num_reqs, level)
             if metadata is not None:
                 frontier.advance(metadata.tree, level)
-            last_MH, states = self._run_frontier(reqs, metadata)
+            last_MH, states = self._run_frontier(reqs, inputs, metadata)
             self._expand(growth, reqs, self._logits(last_MH), level=level + 1)
 
     def _expand(
@@ -174,7 +174,7 @@ class TreeGrowth(EagleSpeculator):
 
     @torch.inference_mode()
     def _run_frontier(
-        self, reqs: slice, metadata: TreeMetadata | None
+        self, reqs: slice, states_MH: torch.Tensor, metadata: TreeMetadata | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One draft forward: states for the logits and states to feed back, [M, H] each."""
         K = self.config.top_k
@@ -197,7 +197,7 @@ class TreeGrowth(EagleSpeculator):
             return self.model(
                 input_ids=input_ids,
                 positions=self.frontier.positions_M[rows],
-                hidden_states=self.frontier.states_MH[:num_rows],
+                hidden_states=states_MH,
                 inputs_embeds=embeds,
             )
 
