@@ -103,10 +103,13 @@ __global__ void build_tree_kernel(const BuildTreeParams p) {
       bits |= (uint64_t{1} << thread) - 1;
     }
   } else {
-    // A parent comes before its children.
-    for (int above = parent; above > 0; above = nodes.parents[above]) {
+    // A parent comes before its children; in a pool that nobody filled it may not, and a loop
+    // would hang the GPU.
+    for (int above = parent, below = thread; 0 < above && above < below;) {
       ++depth;
       bits |= uint64_t{1} << above;
+      below = above;
+      above = nodes.parents[above];
     }
   }
   const int64_t token = source < 0 ? 0 : nodes.tokens[source];

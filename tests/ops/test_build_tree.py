@@ -8,7 +8,7 @@ from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.tree.chain import best_chain
 from vllm_eagle3.tree.rerank import rerank
-from vllm_eagle3.tree.types import NO_PARENT, TreeBuffers
+from vllm_eagle3.tree.types import NO_PARENT, GrowthBuffers, TreeBuffers
 
 FIELDS = ("tokens", "parents", "depths", "ancestor_bits", "scores")
 # Nodes below the root, depth, top-k.
@@ -145,3 +145,18 @@ def test_what_cannot_be_is_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         ops.build_tree(**arguments | change)
+
+
+@pytest.mark.parametrize(("impl", "device"), WHERE)
+@pytest.mark.parametrize("parent", [NO_PARENT, 0])
+def test_rows_where_nothing_was_offered_end_too(impl, device, parent):
+    """Padded rows of a graph are built like all others."""
+    config = TreeConfig(7, 3, 4)
+    growth = GrowthBuffers(2, config, torch.device(device))
+    growth.parents_BC.fill_(parent)
+    buffers = TreeBuffers(2, config.num_nodes, torch.device(device))
+    slots = torch.tensor([0, -1], device=device)
+    chain_only = torch.zeros(2, dtype=torch.bool, device=device)
+    drafts = torch.zeros(2, 7, dtype=torch.int64, device=device)
+    ops.build_tree(growth, 3, 2, slots, chain_only, buffers, drafts, impl=impl)
+    assert buffers.depths_RN[0, 1:].tolist() == [1] * 7 or parent == 0

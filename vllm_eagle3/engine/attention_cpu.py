@@ -22,10 +22,10 @@ from vllm_eagle3.engine.compat import (
 
 @dataclass
 class CausalMetadata:
-    """Rows that attend causally: query starts [B + 1], lengths [B], pages [B, P], on the host."""
+    """Rows that attend causally: query starts [B + 1], lengths [B], pages [B, P]."""
 
-    query_start_loc: list[int]
-    seq_lens: list[int]
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
     block_table: torch.Tensor
 
 
@@ -40,9 +40,7 @@ class CausalBuilder(AttentionMetadataBuilder[CausalMetadata]):
         fast_build: bool = False,
     ) -> CausalMetadata:
         common = common_attn_metadata
-        return CausalMetadata(
-            common.query_start_loc.tolist(), common.seq_lens.tolist(), common.block_table_tensor
-        )
+        return CausalMetadata(common.query_start_loc, common.seq_lens, common.block_table_tensor)
 
 
 class CpuTreeBuilder(TreeMetadataBuilder):
@@ -79,8 +77,8 @@ class PagedCausalImpl(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         if attn_metadata is None:
             return output.zero_()
-        starts = attn_metadata.query_start_loc
-        for req, seq_len in enumerate(attn_metadata.seq_lens):
+        starts = attn_metadata.query_start_loc.tolist()
+        for req, seq_len in enumerate(attn_metadata.seq_lens.tolist()):
             rows = slice(starts[req], starts[req + 1])
             if rows.start == rows.stop:
                 continue

@@ -113,9 +113,10 @@ class GrowthBuffers:
         def zeros(dtype: torch.dtype, columns: int) -> torch.Tensor:
             return torch.zeros(max_batch, columns, dtype=dtype, device=device)
 
+        # Padded rows of a graph may be built before anything was offered there: a tree, too.
         self.tokens_BC = zeros(torch.int64, C)
         self.scores_BC = zeros(torch.float32, C)
-        self.parents_BC = zeros(torch.int32, C)
+        self.parents_BC = torch.full_like(self.tokens_BC, NO_PARENT, dtype=torch.int32)
         self.frontier_scores_BK = zeros(torch.float32, K)
         self.frontier_index_BK = zeros(torch.int32, K)
         self.frontier_bits_BK = zeros(torch.int64, K)

@@ -1,0 +1,88 @@
+"""Steps that replay whole graphs emit the tokens of plain vLLM, in batches of every size."""
+
+import pytest
+
+from tests.engine.engines import random_prompts, sampling
+from tests.engine.oracle import Oracle
+from tests.engine.replay import Graphs
+
+SHAPE = {"num_drafts": 10, "depth": 3, "top_k": 3}
+PROMPTS = random_prompts(8, seed=23)
+NUM_TOKENS = 120
+
+
+@pytest.fixture(scope="module")
+def texts(plain):
+    return plain.generate(PROMPTS, sampling(NUM_TOKENS))
+
+
+def test_batches_of_every_size(engines, texts, monkeypatch):
+    engine = engines.tree(**SHAPE)
+    oracle = Oracle(engine, monkeypatch, seed=4)
+    oracle.know(PROMPTS, texts)
+    graphs = Graphs(engine, monkeypatch, num_reqs=[1, 2, 5, 8])
+    lengths = [NUM_TOKENS, 110, 96, 80, 64, 48, 30, 12]
+    arrivals = [(0, p, sampling(n)) for p, n in zip(PROMPTS, lengths, strict=True)]
+    outputs = engine.serve(arrivals)
+    assert outputs == [text[:n] for text, n in zip(texts, lengths, strict=True)]
+    for what in ("target", "round"):
+        assert {size for kind, size in graphs.replays if kind == what} == {1, 2, 5, 8}
+    assert graphs.padded > 5
+    assert oracle.count["accepted"] > 200
+    assert oracle.count["moved"] > 40
+
+
+def test_prompts_that_arrive_between_replays(engines, texts, monkeypatch):
+    """Mixed steps run piece by piece, and the growth replays a graph of its own."""
+    engine = engines.tree(**SHAPE)
+    oracle = Oracle(engine, monkeypatch, seed=5)
+    oracle.know(PROMPTS, texts)
+    graphs = Graphs(engine, monkeypatch, num_reqs=[1, 2, 4, 8])
+    arrivals = [(3 * i, prompt, sampling(60)) for i, prompt in enumerate(PROMPTS)]
+    assert engine.serve(arrivals) == [text[:60] for text in texts]
+    assert oracle.count["mixed"] >= 4
+    assert sum(n for (what, _), n in graphs.replays.items() if what == "growth") >= 4
+    assert graphs.replays["target", 1] > 0
+    # Behind blocks that the compaction of replayed steps has filled.
+    again = [prompt + text[:40] for prompt, text in zip(PROMPTS, texts, strict=True)]
+    assert engine.generate(again, sampling(20)) == [text[40:60] for text in texts]
+
+
+def test_the_drafts_of_a_graph_are_those_without(engines, texts, monkeypatch):
+    engine = engines.tree(12, depth=4, top_k=4)
+    drafted = []
+    for with_graphs in (False, True):
+        engine.llm.reset_prefix_cache()
+        with pytest.MonkeyPatch.context() as patch:
+            oracle = Oracle(engine, patch)  # it knows no text: a token a step
+            if with_graphs:
+                graphs = Graphs(engine, patch, num_reqs=[4, 8])
+            engine.generate(PROMPTS, sampling(16))
+            drafted.append(oracle.drafted)
+    without, captured = drafted
+    assert graphs.replays["round", 8] >= 10
+    common = [text for text in without if text in captured]
+    assert len(common) > 80
+    for text in common:
+        for name in ("tokens_BN", "parents_BN", "ancestor_bits_BN"):
+            assert captured[text][name].tolist() == without[text][name].tolist()
+
+
+def test_a_graph_without_its_masks_is_caught(engines, texts, monkeypatch):
+    """The control: rows that the step no longer fills in leave the graph with old ones."""
+    engine = engines.tree(**SHAPE)
+    oracle = Oracle(engine, monkeypatch, seed=6)
+    oracle.know(PROMPTS, texts)
+    Graphs(engine, monkeypatch, num_reqs=[8])
+    batch = engine.runner.model_state.tree.batch
+    prepare = batch.prepare
+
+    def stale(*args):
+        bits = batch.ancestor_bits_T.clone()
+        prepare(*args)
+        batch.ancestor_bits_T.copy_(bits)
+
+    monkeypatch.setattr(batch, "prepare", stale)
+    outputs = engine.generate(PROMPTS, sampling(24))
+    assert outputs != [text[:24] for text in texts]
+    engine.llm.reset_prefix_cache()
