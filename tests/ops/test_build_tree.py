@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from tests.ops.rounds import SENTINEL, WHERE, Round, random_round
+from tests.ops.rounds import (
+    SENTINEL,
+    WHERE,
+    Round,
+    random_round,
+    skip_where_it_cannot_run,
+)
 from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.tree.chain import best_chain
@@ -150,7 +156,8 @@ def test_what_cannot_be_is_refused(change, message):
 @pytest.mark.parametrize(("impl", "device"), WHERE)
 @pytest.mark.parametrize("parent", [NO_PARENT, 0])
 def test_rows_where_nothing_was_offered_end_too(impl, device, parent):
-    """Padded rows of a graph are built like all others."""
+    """Padded rows of a graph are built like all others: no pool may hang a GPU."""
+    skip_where_it_cannot_run(impl, device)
     config = TreeConfig(7, 3, 4)
     growth = GrowthBuffers(2, config, torch.device(device))
     growth.parents_BC.fill_(parent)
@@ -159,4 +166,5 @@ def test_rows_where_nothing_was_offered_end_too(impl, device, parent):
     chain_only = torch.zeros(2, dtype=torch.bool, device=device)
     drafts = torch.zeros(2, 7, dtype=torch.int64, device=device)
     ops.build_tree(growth, 3, 2, slots, chain_only, buffers, drafts, impl=impl)
-    assert buffers.depths_RN[0, 1:].tolist() == [1] * 7 or parent == 0
+    depths = buffers.depths_RN[0, 1:].tolist()
+    assert depths == [1] * 7 if parent == NO_PARENT else max(depths) <= 7
