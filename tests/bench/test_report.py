@@ -21,7 +21,7 @@ def cell(dataset, temperature, tau, identity=None):
 
 def results(*entries):
     cells = [{"dataset": d, "temperature": t} for d in ("mt_bench", "mine") for t in (0.0, 1.0)]
-    return {"cells": cells, "configurations": list(entries)}
+    return {"notes": [], "cells": cells, "configurations": list(entries)}
 
 
 def test_rows_are_configurations_and_columns_sets_and_temperatures():

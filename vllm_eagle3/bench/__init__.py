@@ -1,1 +1,1 @@
-"""Benchmarks, run through vLLM's public ``LLM``."""
+"""Benchmarks: engines through vLLM's public ``LLM`` and ``vllm serve``, and attention by itself."""

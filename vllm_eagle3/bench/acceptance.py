@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle3.bench import report
+from vllm_eagle3.bench import report, target
 from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, check_plugin, tree
 from vllm_eagle3.bench.jobs import WorkerError, run_worker
 from vllm_eagle3.bench.questions import DEFAULT_DATA, Question, load_questions
@@ -115,6 +115,7 @@ def merge(
     settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | list)}
     return {
         "settings": settings | {"data": [str(path) for path in args.data]},
+        "notes": target.notes(args.target),
         "cells": [{"dataset": dataset, "temperature": t} for dataset, t in cells],
         "configurations": [
             {

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vllm_eagle3.bench.markdown import table
+
 _TITLES = {
     "fa3_causal": "FA3 causal",
     "fa3_finish": "FA3 + tree",
@@ -50,7 +52,7 @@ def render(results: dict[str, Any]) -> str:
 def _table(cells: list[dict[str, Any]], results: dict[str, Any]) -> str:
     names = results["sides"]
     header = ["context", "batch", "N", *(_TITLES[name] for name in names), "floor"]
-    lines = [header, ["--:"] * len(header)]
+    rows = []
     for cell in cells:
         figures = []
         for name in names:
@@ -58,7 +60,7 @@ def _table(cells: list[dict[str, Any]], results: dict[str, Any]) -> str:
             bracket = "" if ratio is None else f" ({ratio:.2f})"
             figures.append(f"{cell['microseconds'][name]:.1f}{bracket}")
         floor = cell["read_bytes"] / results["bandwidth"] / 1e6
-        lines.append(
+        rows.append(
             [*(str(cell[key]) for key in ("context", "batch", "rows")), *figures, f"{floor:.1f}"]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(header, rows)

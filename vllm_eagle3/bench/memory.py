@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_eagle3.bench import target
 from vllm_eagle3.bench.configurations import Configuration, chain, check_plugin, parse_tree
 from vllm_eagle3.bench.engines import Engine
 from vllm_eagle3.bench.jobs import WorkerError
-from vllm_eagle3.bench.report import table
+from vllm_eagle3.bench.markdown import failure, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,13 @@ def run(args: argparse.Namespace) -> int:
         "measure_kv_cache": True,
         **args.engine,
     }
-    results: dict[str, Any] = {"kind": "memory", "settings": settings, "engines": {}, "errors": {}}
+    results: dict[str, Any] = {
+        "kind": "memory",
+        "settings": settings,
+        "notes": target.notes(args.target),
+        "engines": {},
+        "errors": {},
+    }
     for configuration in configurations:
         try:
             results["engines"][configuration.name] = _start(args, configuration, settings, folder)
@@ -101,7 +108,8 @@ def render(results: dict[str, Any]) -> str:
         f" max_num_seqs={settings['max_num_seqs']},"
         f" max_num_batched_tokens={settings['max_num_batched_tokens']}"
         + (f" on {first['device']}." if first else "."),
+        *results["notes"],
         table(["configuration", "blocks", "tokens", "ratio"], rows),
     ]
-    parts += [f"`{name}` failed:\n\n```\n{error}\n```" for name, error in results["errors"].items()]
+    parts += [failure(*item) for item in results["errors"].items()]
     return "\n\n".join(parts) + "\n"

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from vllm_eagle3.bench.markdown import failure, table
+
 _TITLES = {"mt_bench": "MT-bench", "humaneval": "HumanEval", "gsm8k": "GSM8K"}
 _FAILED = "failed"
 
@@ -14,6 +16,7 @@ def render(results: dict[str, Any]) -> str:
     cells = [(cell["dataset"], cell["temperature"]) for cell in results["cells"]]
     header = ["configuration", *(f"{_TITLES.get(d, d)}, T={t:g}" for d, t in cells)]
     parts = [
+        *results["notes"],
         "Mean acceptance length tau: tokens for each target forward.",
         table(header, [[_label(e), *(_tau(e, *cell) for cell in cells)] for e in drafting]),
     ]
@@ -48,13 +51,8 @@ def render(results: dict[str, Any]) -> str:
                 " into max_model_len."
             )
         if entry["error"]:
-            parts.append(f"`{entry['name']}` {_FAILED}:\n\n```\n{entry['error']}\n```")
+            parts.append(failure(entry["name"], entry["error"]))
     return "\n\n".join(parts) + "\n"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _label(entry: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from vllm_eagle3.bench import target
 from vllm_eagle3.bench.comparison import capture_sizes
 from vllm_eagle3.bench.configurations import (
     PLAIN,
@@ -25,8 +26,8 @@ from vllm_eagle3.bench.configurations import (
 )
 from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.llm import kv_bytes_per_token
+from vllm_eagle3.bench.markdown import failure, table
 from vllm_eagle3.bench.questions import DEFAULT_DATA, load_questions
-from vllm_eagle3.bench.report import table
 from vllm_eagle3.bench.servers import Server, run_client, write_dataset
 
 _FIGURES = {
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         "kind": "serving",
         "settings": {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | list)}
         | {"data": [path.name for path in args.data]},
+        "notes": target.notes(args.target),
         "runs": [],
         "errors": {},
     }
@@ -213,7 +215,8 @@ def render(results: Mapping[str, Any]) -> str:
     parts = [
         f"`vllm bench serve`: streaming chats, {settings['max_tokens']} tokens each,"
         f" T={settings['temperature']:g}; milliseconds.",
+        *results["notes"],
         table(["configuration", "at once", *_FIGURES], rows),
     ]
-    parts += [f"`{name}` failed:\n\n```\n{error}\n```" for name, error in results["errors"].items()]
+    parts += [failure(*item) for item in results["errors"].items()]
     return "\n\n".join(parts) + "\n"

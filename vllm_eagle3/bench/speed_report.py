@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_eagle3.bench.limits import StepCost
+from vllm_eagle3.bench.markdown import failure, table
 from vllm_eagle3.bench.ratios import HEADLINE
-from vllm_eagle3.bench.report import table
 from vllm_eagle3.bench.steps import CATEGORIES
 
 _DECODE = "decode_tokens_per_second"
@@ -34,7 +34,7 @@ def render(results: dict[str, Any]) -> str:
     if results["profiles"]:
         parts += ["### A step's time in ms, under the profiler", _profiles(results)]
     parts += [
-        f"`{entry['name']}` failed:\n\n```\n{entry['error']}\n```"
+        failure(entry["name"], entry["error"])
         for entry in results["configurations"]
         if entry["error"]
     ]

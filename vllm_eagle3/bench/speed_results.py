@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle3.bench import speed_report
+from vllm_eagle3.bench import speed_report, target
 from vllm_eagle3.bench.configurations import Configuration
 from vllm_eagle3.bench.limits import read_cost
 from vllm_eagle3.bench.ratios import HEADLINE, summarize
@@ -37,7 +37,6 @@ class SpeedResults:
         """Empty results of the command's settings."""
         lengths = [len(prompt.tokens) for prompt in prompts]
         cost = read_cost(args.target, args.head)
-        config = _config(args.target)
         data = {
             "kind": "speed",
             "settings": {
@@ -51,9 +50,12 @@ class SpeedResults:
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             },
-            # A pair made by `bench widen` says in every place what it is.
-            "notes": [config["widened"]["purpose"]] if "widened" in config else [],
-            "target_shape": {key: value for key, value in config.items() if _is_size(value)},
+            "notes": target.notes(args.target),
+            "target_shape": {
+                key: value
+                for key, value in target.read_config(args.target).items()
+                if isinstance(value, int) and not isinstance(value, bool)
+            },
             "prompts": {
                 "count": len(lengths),
                 "mean_tokens": sum(lengths) / len(lengths),
@@ -167,17 +169,6 @@ class SpeedResults:
 
     def _entry(self, name: str) -> dict[str, Any]:
         return next(entry for entry in self.data["configurations"] if entry["name"] == name)
-
-
-def _config(target: str) -> dict[str, Any]:
-    try:
-        return json.loads((Path(target) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _commit() -> str | None:

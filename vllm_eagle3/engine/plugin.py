@@ -1,23 +1,15 @@
-"""The entry point ``vllm.general_plugins`` and the patches it makes.
+"""The entry point ``vllm.general_plugins`` and the wrappers it installs.
 
-Every object of vLLM that this project touches:
+    ``EngineArgs.create_engine_config``       takes ``tree`` out of the speculative config, carries
+                                              it in ``additional_config``, refuses what trees do
+                                              not support
+    ``spec_decode.init_speculator``           a tree config gets TreeSpeculator
+    ``SamplingParams._validate_spec_decode``  min-p and logit bias pass with a tree
 
-    1  entry point ``vllm.general_plugins``         official, this module
-    2  ``spec_decode.init_speculator``              wrapped: a tree config gets TreeSpeculator
-    3  ``EngineArgs.create_engine_config``          wrapped: takes ``tree`` out of the speculative
-                                                    config, carries it in ``additional_config``,
-                                                    refuses what trees do not support
-    4  ``SamplingParams._validate_spec_decode``     wrapped: min-p and logit bias pass with a tree
-    5  ``EagleSpeculator``                          subclassed (speculator.py)
-    6  ``model.get_model_state_cls``                official, set on the target (speculator.py)
-    7  ``DefaultModelState``                        subclassed (model_state.py)
-    8  attention layers of target and draft         ``attn_backend`` and ``impl`` of each layer
-                                                    rebound after loading (attention.py)
-    9  ``RejectionSampler``                         subclassed (verifier.py)
-   10  ``topk_topp_sampler.HAS_TRITON``,            under Triton's interpreter only: torch in
-       ``sampler.gumbel_sample``                    place of two kernels (interpreter.py)
-
-Wrapped functions call the original whenever the config asks for no tree.
+Wrapped functions call the original whenever the config asks for no tree. Under Triton's
+interpreter two kernels of vLLM's sampler give way to torch as well (interpreter.py). All else
+happens after loading, to objects of one engine (speculator.py, attention.py); ledger.py names
+everything of vLLM that this project touches.
 """
 
 import functools
