@@ -116,8 +116,8 @@ def test_trees_of_a_given_shape(tmp_path, questions, jobs):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--chain", "3", "3"], "each number of drafts once"),
-        (["--tree", "8", "8", "--depth", "4"], "each number of drafts once"),
+        (["--chain", "3", "3"], "name each one once"),
+        (["--tree", "8", "8", "--depth", "4"], "name each one once"),
         (["--tree", "200"], "num_speculative_tokens=200"),
         (["--tree", "32", "--depth", "0"], "tree.depth must be"),
         (["--jobs", "0"], "--jobs must be at least 1"),

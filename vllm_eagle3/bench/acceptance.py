@@ -19,17 +19,21 @@ from typing import Any
 from vllm_eagle3.bench import report, target
 from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, check_plugin, tree
 from vllm_eagle3.bench.jobs import WorkerError, run_worker
+from vllm_eagle3.bench.options import (
+    MEMORY_SHARE,
+    add_pair,
+    check_names,
+    check_positive,
+    recorded,
+)
 from vllm_eagle3.bench.questions import DEFAULT_DATA, Question, load_questions
 from vllm_eagle3.bench.results import Run, summarize
-
-_MEMORY_SHARE = 0.9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
-    add("--target", required=True, help="target model: a folder or a name that vLLM loads")
-    add("--head", required=True, help="its EAGLE-3 head")
+    add_pair(parser)
     add(
         "--data",
         nargs="+",
@@ -112,9 +116,8 @@ def merge(
     """All figures of the benchmark, as they are written to ``--output``."""
     cells = [(dataset, t) for dataset in dict.fromkeys(datasets) for t in args.temperature]
     reference = runs[configurations.index(PLAIN)] if PLAIN in configurations else None
-    settings = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | list)}
     return {
-        "settings": settings | {"data": [str(path) for path in args.data]},
+        "settings": recorded(args) | {"data": [str(path) for path in args.data]},
         "notes": target.notes(args.target),
         "cells": [{"dataset": dataset, "temperature": t} for dataset, t in cells],
         "configurations": [
@@ -131,16 +134,11 @@ def merge(
 
 
 def _configurations(args: argparse.Namespace) -> list[Configuration]:
-    for name in ("jobs", "max_tokens", "max_num_seqs"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    check_positive(args, "jobs", "max_tokens", "max_num_seqs")
     configurations = [] if args.no_plain else [PLAIN]
     configurations += [chain(count) for count in args.chain]
     configurations += [tree(count, args.depth, args.top_k) for count in args.tree]
-    if not configurations:
-        raise ValueError("nothing to measure: give --chain, --tree, or leave --no-plain out")
-    if len({configuration.name for configuration in configurations}) < len(configurations):
-        raise ValueError("--chain and --tree: name each number of drafts once")
+    check_names(configurations)
     return configurations
 
 
@@ -157,7 +155,7 @@ def _job(
         # Room for every request's tree beside a prompt: the scheduler trims drafts otherwise.
         "max_num_batched_tokens": args.max_num_seqs * rows + args.max_model_len,
         "enforce_eager": args.enforce_eager,
-        "gpu_memory_utilization": round(_MEMORY_SHARE / args.jobs, 3),
+        "gpu_memory_utilization": round(MEMORY_SHARE / args.jobs, 3),
         "seed": args.seed,
     }
     return {

@@ -13,11 +13,11 @@ from typing import Any
 from vllm_eagle3.bench.configurations import PLAIN, Configuration
 from vllm_eagle3.bench.engines import Engine, start_engines
 from vllm_eagle3.bench.jobs import WorkerError
+from vllm_eagle3.bench.options import MEMORY_SHARE
 from vllm_eagle3.bench.schedule import Cell, Prompt, rotation, take_round, waves
 from vllm_eagle3.bench.speed_results import SpeedResults
 from vllm_eagle3.bench.steps import NoSteps, split_trace
 
-_MEMORY_SHARE = 0.9
 _BLOCK_SLACK = 32  # tokens: a last block that is not full, and one ahead
 _CACHE_SLACK = 1024  # tokens: where blocks are larger
 _PROFILE_DELAY = 6  # steps: the prefill, and the first of decoding
@@ -76,7 +76,7 @@ class Settings:
             "enforce_eager": args.enforce_eager,
             # Checked at the start only; what an engine takes is its weights and this cache.
             "gpu_memory_utilization": round(
-                _MEMORY_SHARE / min(args.engines_at_once, len(configurations)), 3
+                MEMORY_SHARE / min(args.engines_at_once, len(configurations)), 3
             ),
             "kv_cache_tokens": in_largest_batch
             + batch * (args.max_tokens + rows + _BLOCK_SLACK)

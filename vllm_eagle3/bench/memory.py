@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.bench import target
-from vllm_eagle3.bench.configurations import Configuration, chain, check_plugin, parse_tree
+from vllm_eagle3.bench.configurations import Configuration, check_plugin
 from vllm_eagle3.bench.engines import Engine
 from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.markdown import failure, table
+from vllm_eagle3.bench.options import add_pair, select
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
-    add("--target", required=True, help="target model: a folder or a name that vLLM loads")
-    add("--head", required=True, help="its EAGLE-3 head")
+    add_pair(parser)
     add("--chain", nargs="*", type=int, default=[3], help="drafts of vLLM's chains")
     add("--tree", nargs="*", default=["31/6/8"], help="trees, as N or N/DEPTH/TOP_K")
     add("--gpu-memory-utilization", type=float, default=0.9)
@@ -39,9 +39,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a setting that cannot work, before any engine starts.
     """
-    configurations = [chain(count) for count in args.chain] + [parse_tree(t) for t in args.tree]
-    if not configurations:
-        raise ValueError("nothing to measure: give --chain or --tree")
+    configurations = select(args, plain=False)
     check_plugin(configurations)
     folder = args.output.with_suffix(".logs")
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,16 +17,17 @@ from typing import Any
 
 from vllm_eagle3.bench import target
 from vllm_eagle3.bench.comparison import capture_sizes
-from vllm_eagle3.bench.configurations import (
-    PLAIN,
-    Configuration,
-    chain,
-    check_plugin,
-    parse_tree,
-)
+from vllm_eagle3.bench.configurations import Configuration, check_plugin
 from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.llm import kv_bytes_per_token
 from vllm_eagle3.bench.markdown import failure, table
+from vllm_eagle3.bench.options import (
+    MEMORY_SHARE,
+    add_pair,
+    check_positive,
+    recorded,
+    select,
+)
 from vllm_eagle3.bench.questions import DEFAULT_DATA, load_questions
 from vllm_eagle3.bench.servers import Server, run_client, write_dataset
 
@@ -38,7 +39,6 @@ _FIGURES = {
     "TPOT p50": "p50_tpot_ms",
     "tokens/s": "output_throughput",
 }
-_MEMORY_SHARE = 0.9
 _KEPT = (
     "duration",
     "completed",
@@ -52,8 +52,7 @@ _KEPT = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
-    add("--target", required=True, help="target model: a folder or a name that vLLM loads")
-    add("--head", required=True, help="its EAGLE-3 head")
+    add_pair(parser)
     add("--chain", nargs="*", type=int, default=[3], help="drafts of vLLM's chains")
     add("--tree", nargs="*", default=["31/6/8"], help="trees, as N or N/DEPTH/TOP_K")
     add("--no-plain", action="store_true", help="leave plain decoding out")
@@ -79,13 +78,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a setting that cannot work, before any server starts.
     """
-    configurations = [] if args.no_plain else [PLAIN]
-    configurations += [chain(count) for count in args.chain]
-    configurations += [parse_tree(text) for text in args.tree]
+    configurations = select(args, plain=not args.no_plain)
     check_plugin(configurations)
-    for name in ("servers_at_once", "prompts", "max_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    check_positive(args, "servers_at_once", "prompts", "max_tokens")
     folder = args.output.with_suffix(".logs")
     folder.mkdir(parents=True, exist_ok=True)
     questions = load_questions(args.data)
@@ -95,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
     results: dict[str, Any] = {
         "kind": "serving",
-        "settings": {k: v for k, v in vars(args).items() if isinstance(v, int | float | str | list)}
-        | {"data": [path.name for path in args.data]},
+        "settings": recorded(args) | {"data": [path.name for path in args.data]},
         "notes": target.notes(args.target),
         "runs": [],
         "errors": {},
@@ -161,7 +155,7 @@ def _server(
         "max_num_seqs": requests,
         "max_num_batched_tokens": max(8192, requests * 64) if not on_cpu else 512,
         "enable_prefix_caching": False,
-        "gpu_memory_utilization": round(_MEMORY_SHARE / at_once, 3),
+        "gpu_memory_utilization": round(MEMORY_SHARE / at_once, 3),
         "kv_cache_memory_bytes": tokens
         * kv_bytes_per_token({"model": args.target, "dtype": dtype}),
     }

@@ -12,13 +12,8 @@ import sys
 from pathlib import Path
 
 from vllm_eagle3.bench.comparison import Comparison, Settings
-from vllm_eagle3.bench.configurations import (
-    PLAIN,
-    Configuration,
-    chain,
-    check_plugin,
-    parse_tree,
-)
+from vllm_eagle3.bench.configurations import check_plugin
+from vllm_eagle3.bench.options import add_pair, check_positive, select
 from vllm_eagle3.bench.questions import DEFAULT_DATA, load_questions
 from vllm_eagle3.bench.schedule import Cell, make_prompts
 from vllm_eagle3.bench.speed_results import SpeedResults
@@ -29,8 +24,7 @@ _TREES = ["15/4/8", "31/6/8"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
-    add("--target", required=True, help="target model: a folder or a name that vLLM loads")
-    add("--head", required=True, help="its EAGLE-3 head")
+    add_pair(parser)
     add("--chain", nargs="*", type=int, default=[1, 3, 5, 7], help="drafts of vLLM's chains")
     add("--tree", nargs="*", default=_TREES, help="trees, as N or N/DEPTH/TOP_K")
     add("--no-plain", action="store_true", help="leave plain decoding out")
@@ -75,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a setting that cannot work, before any engine starts.
     """
-    configurations = _configurations(args)
+    configurations = select(args, plain=not args.no_plain)
     check_plugin(configurations)
     _check(args)
     from transformers import AutoTokenizer
@@ -93,21 +87,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if results.errors else 0
 
 
-def _configurations(args: argparse.Namespace) -> list[Configuration]:
-    configurations = [] if args.no_plain else [PLAIN]
-    configurations += [chain(count) for count in args.chain]
-    configurations += [parse_tree(text) for text in args.tree]
-    if not configurations:
-        raise ValueError("nothing to measure: give --chain, --tree, or leave --no-plain out")
-    if len({configuration.name for configuration in configurations}) < len(configurations):
-        raise ValueError("--chain and --tree: name each one once")
-    return configurations
-
-
 def _check(args: argparse.Namespace) -> None:
-    for name in ("repeats", "max_tokens", "engines_at_once", "prompts_per_repeat"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    check_positive(args, "repeats", "engines_at_once", "prompts_per_repeat")
     for name in ("batch", "profile"):
         if min(getattr(args, name), default=1) < 1:
             raise ValueError(f"--{name}: a batch has at least one request")

@@ -12,6 +12,7 @@ from typing import Any
 from vllm_eagle3.bench import speed_report, target
 from vllm_eagle3.bench.configurations import Configuration
 from vllm_eagle3.bench.limits import read_cost
+from vllm_eagle3.bench.options import recorded
 from vllm_eagle3.bench.ratios import HEADLINE, summarize
 from vllm_eagle3.bench.schedule import Cell, Prompt
 
@@ -39,12 +40,7 @@ class SpeedResults:
         cost = read_cost(args.target, args.head)
         data = {
             "kind": "speed",
-            "settings": {
-                key: value
-                for key, value in vars(args).items()
-                if isinstance(value, int | float | str | list | dict) and key != "data"
-            }
-            | {"data": [path.name for path in args.data]},
+            "settings": recorded(args) | {"data": [path.name for path in args.data]},
             "environment": {
                 "commit": _commit(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -1,0 +1,54 @@
+"""Options that several benchmarks share."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, parse_tree
+
+MEMORY_SHARE = 0.9  # of the GPU's, for all engines that live at once
+
+
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """Declare what is measured: a target and its head."""
+    parser.add_argument(
+        "--target", required=True, help="target model: a folder or a name that vLLM loads"
+    )
+    parser.add_argument("--head", required=True, help="its EAGLE-3 head")
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise ``ValueError`` for the first of these options that is below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+
+
+def select(args: argparse.Namespace, plain: bool) -> list[Configuration]:
+    """Plain decoding if wanted, ``--chain`` and ``--tree``, in this order.
+
+    Raises:
+        ValueError: as :func:`check_names`, or a shape that no tree can have.
+    """
+    configurations = [PLAIN] if plain else []
+    configurations += [chain(count) for count in args.chain]
+    configurations += [parse_tree(text) for text in args.tree]
+    check_names(configurations)
+    return configurations
+
+
+def check_names(configurations: Sequence[Configuration]) -> None:
+    """Raise ``ValueError`` where nothing is to be measured, or something twice."""
+    if not configurations:
+        raise ValueError("nothing to measure: give --chain or --tree")
+    if len({configuration.name for configuration in configurations}) < len(configurations):
+        raise ValueError("--chain and --tree: name each one once")
+
+
+def recorded(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that JSON can hold, for the results."""
+    return {
+        key: value
+        for key, value in vars(args).items()
+        if isinstance(value, int | float | str | list | dict) and key != "data"
+    }
