@@ -5,14 +5,13 @@
 // any place after it: a lane may load several entries before it stores the first.
 
 #include "ops.h"
+#include "warp.h"
 
 namespace vllm_eagle3 {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kMaxWarps = 8;
 constexpr int kInFlight = 4;  // entries that a lane has loaded and not yet stored
-constexpr unsigned kAll = 0xffffffffu;
 
 template <typename Vector>
 __global__ void compact_kv_kernel(const CompactKVParams p) {

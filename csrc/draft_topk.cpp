@@ -42,19 +42,6 @@ void draft_topk_cpu_of(const DraftTopkParams& p) {
   }
 }
 
-LogitType logit_type(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return LogitType::kFloat;
-    case ScalarType::Half:
-      return LogitType::kHalf;
-    case ScalarType::BFloat16:
-      return LogitType::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, "draft_topk: logits must be float32, float16 or bfloat16");
-  }
-}
-
 void draft_topk(const Tensor& logits, const std::optional<Tensor>& offsets,
                 const Tensor& partial_best, const Tensor& partial_sums, const Tensor& log_probs,
                 const Tensor& tokens) {
@@ -84,7 +71,7 @@ DraftTopkParams draft_topk_params(const Call& call, const Tensor& logits,
                   "draft_topk: k must be between 1 and 16, and at most the vocabulary");
   return {
       call.strided(logits, "logits", num_rows * vocab),
-      logit_type(logits),
+      call.float_type(logits, "logits"),
       logits.stride(0),
       offsets ? call.data<const int64_t>(*offsets, "offsets", vocab) : nullptr,
       call.data<int64_t>(partial_best, "partial_best", num_rows * num_splits * k),
@@ -100,12 +87,9 @@ DraftTopkParams draft_topk_params(const Call& call, const Tensor& logits,
 
 void draft_topk_cpu(const DraftTopkParams& p) {
   switch (p.type) {
-    case LogitType::kFloat:
-      return draft_topk_cpu_of<float>(p);
-    case LogitType::kHalf:
-      return draft_topk_cpu_of<c10::Half>(p);
-    case LogitType::kBFloat16:
-      return draft_topk_cpu_of<c10::BFloat16>(p);
+    case FloatType::kFloat: return draft_topk_cpu_of<float>(p);
+    case FloatType::kHalf: return draft_topk_cpu_of<torch::headeronly::Half>(p);
+    case FloatType::kBFloat16: return draft_topk_cpu_of<torch::headeronly::BFloat16>(p);
   }
 }
 

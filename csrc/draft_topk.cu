@@ -145,13 +145,13 @@ cudaError_t launch_draft_splits(const DraftTopkParams& params, cudaStream_t stre
   if (params.num_rows == 0) return cudaSuccess;
   const unsigned num_blocks = params.num_rows * params.num_splits;
   switch (params.type) {
-    case LogitType::kFloat:
+    case FloatType::kFloat:
       split_kernel<float><<<num_blocks, kThreads, 0, stream>>>(params);
       break;
-    case LogitType::kHalf:
+    case FloatType::kHalf:
       split_kernel<__half><<<num_blocks, kThreads, 0, stream>>>(params);
       break;
-    case LogitType::kBFloat16:
+    case FloatType::kBFloat16:
       split_kernel<__nv_bfloat16><<<num_blocks, kThreads, 0, stream>>>(params);
       break;
   }

@@ -47,15 +47,6 @@ void fuse_features_cpu(const FuseFeaturesParams& p) {
   }
 }
 
-FloatType float_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return FloatType::kFloat;
-    case ScalarType::Half: return FloatType::kHalf;
-    case ScalarType::BFloat16: return FloatType::kBFloat16;
-    default: STD_TORCH_CHECK(false, "fuse_features: states must be float32, float16 or bfloat16");
-  }
-}
-
 void fuse_features(const std::vector<Tensor>& states, const std::optional<Tensor>& index,
                    const std::vector<Tensor>& norm_weights, double eps, const Tensor& out) {
   const Call call("fuse_features", out);
@@ -71,7 +62,7 @@ void fuse_features(const std::vector<Tensor>& states, const std::optional<Tensor
                   "fuse_features: needs no norm weight, one, or one for each state");
 
   FuseFeaturesParams params{};
-  params.type = float_type(out);
+  params.type = call.float_type(out, "out");
   params.num_rows = static_cast<int>(num_rows);
   params.num_states = num_states;
   params.hidden_size = static_cast<int>(hidden_size);

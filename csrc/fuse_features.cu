@@ -4,14 +4,13 @@
 #include <cuda_fp16.h>
 
 #include "ops.h"
+#include "warp.h"
 
 namespace vllm_eagle3 {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kVectorBytes = 16;
-constexpr unsigned kAll = 0xffffffffu;
 
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {

@@ -139,11 +139,9 @@ cudaError_t launch_verify_tree(const VerifyTreeParams& params, cudaStream_t stre
 
 constexpr int kMaxChildren = 16;  // that the CUDA kernel of draft_topk keeps in a warp
 
-enum class LogitType { kFloat, kHalf, kBFloat16 };
-
 struct DraftTopkParams {
   const void* logits;  // [num_rows, vocab], rows `row_stride` apart
-  LogitType type;
+  FloatType type;
   int64_t row_stride;
   const int64_t* offsets;   // [vocab], or null
   int64_t* partial_best;    // [num_rows, num_splits, k]: scratch, key and id

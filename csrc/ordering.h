@@ -7,10 +7,9 @@
 
 #include <cstdint>
 
-namespace vllm_eagle3 {
+#include "warp.h"
 
-constexpr int kWarp = 32;
-constexpr unsigned kAll = 0xffffffffu;
+namespace vllm_eagle3 {
 
 // Unsigned keys order as their floats do. NaN counts as -inf; key 0 is below that of every float
 // and marks an empty place.

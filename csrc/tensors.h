@@ -41,6 +41,16 @@ class Call {
     return {raw(tensor, name, num_elements), is_int64};
   }
 
+  FloatType float_type(const Tensor& tensor, const char* name) const {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Float: return FloatType::kFloat;
+      case ScalarType::Half: return FloatType::kHalf;
+      case ScalarType::BFloat16: return FloatType::kBFloat16;
+      default:
+        STD_TORCH_CHECK(false, op_, ": ", name, " must be float32, float16 or bfloat16");
+    }
+  }
+
   BatchRows batch_rows(const Tensor& idx_mapping, const Tensor& query_start_loc,
                        const Tensor& cu_num_logits) const {
     const int64_t num_reqs = idx_mapping.numel();

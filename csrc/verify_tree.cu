@@ -1,12 +1,10 @@
 // The walk of vllm_eagle3/tree/verify.py: one warp for each request, two nodes in each lane.
 
 #include "ops.h"
+#include "warp.h"
 
 namespace vllm_eagle3 {
 namespace {
-
-constexpr int kWarp = 32;
-constexpr unsigned kAll = 0xffffffffu;
 
 __global__ void verify_tree_kernel(const VerifyTreeParams p) {
   const int b = blockIdx.x;
