@@ -18,6 +18,7 @@ from vllm_eagle3.engine.compat import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm_eagle3.engine.support import E4M3_CACHES, check_layer
 from vllm_eagle3.engine.tree_batch import TreeBatch, TreeRows
 
 if TYPE_CHECKING:
@@ -169,13 +170,16 @@ class TreeImpl:
         row = 0
         if tree is not None:
             row = tree.num_tokens
-            self.attend(query[:row], key[:row], value[:row], kv_cache, attn_metadata, output[:row])
+            self.attend(
+                layer, query[:row], key[:row], value[:row], kv_cache, attn_metadata, output[:row]
+            )
         if tail is not None:
             stock(layer, query[row:], key[row:], value[row:], kv_cache, tail, output[row:])
         return output
 
     def attend(
         self,
+        layer: torch.nn.Module,
         query: torch.Tensor,
         tree_key: torch.Tensor,
         tree_value: torch.Tensor,
@@ -206,7 +210,25 @@ class TreeImpl:
             softcap=self.logits_softcap,
             sliding_window=self.window,
             scratch=tree.scratch,
+            **self.scales(layer, query),
         )
+
+    @property
+    def is_cache_e4m3(self) -> bool:
+        return self.kv_cache_dtype in E4M3_CACHES
+
+    def scales(self, layer: torch.nn.Module, query: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the values of an e4m3 cache are multiples of, by name; empty for other caches.
+
+        vLLM's layer has rounded the query, too, where the stock implementation takes it so. Keys
+        and values come as the model computed them, whatever the cache holds.
+        """
+        if not self.is_cache_e4m3:
+            return {}
+        scales = {"k_scale": layer._k_scale, "v_scale": layer._v_scale}
+        if query.dtype == torch.float8_e4m3fn:
+            scales["q_scale"] = layer._q_scale
+        return scales
 
     def split_cache(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[blocks, kv heads, block size, 2 * head size] to keys and values
@@ -251,12 +273,7 @@ def adopt(layers: dict[str, "Attention"], tree_batch: TreeBatch | None) -> None:
                 f"draft trees do not support {layer.attn_backend.__name__} ({name}): serve this"
                 " model with a chain (leave tree out)"
             )
-        for feature in ("alibi_slopes", "sinks", "kv_sharing_target_layer_name"):
-            if getattr(layer.impl, feature, None) is not None:
-                raise ValueError(
-                    f"draft trees do not support {feature} ({name}): serve this model with a"
-                    " chain (leave tree out)"
-                )
+        check_layer(name, layer)
         # Target and draft need different backend classes: vLLM shares one metadata object
         # between layers of one class, and the draft's prefill must stay causal.
         backend = module.TargetBackend if tree_batch is not None else module.DraftBackend

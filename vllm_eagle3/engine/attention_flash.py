@@ -26,7 +26,8 @@ from vllm_eagle3.engine.tree_batch import TreeRows
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_TILE_ROWS = 128  # rows (query heads of one key head packed) of FlashAttention 3's largest tile
+_TILE_ROWS = 128  # rows (query heads of one key head packed) of FlashAttention 3's usual tile
+_SPLIT_BYTES = 1 << 26
 
 
 @dataclass
@@ -35,8 +36,8 @@ class PrefixSchedule:
 
     Attributes:
         metadata: int32, at a fixed address where a graph replays it.
-        num_splits: most parts of one prefix that are read side by side; 0 leaves the number
-            to the kernel, which then chooses it on the host.
+        num_splits: most parts of one prefix that are read side by side. The plan chooses on the
+            device how many; this many are allocated for.
     """
 
     metadata: torch.Tensor
@@ -55,42 +56,43 @@ class FlashTreeBuilder(TreeMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = vllm_config.compilation_config.static_forward_context
-        self.impl = layers[layer_names[0]].impl
-        compilation = vllm_config.compilation_config
-        self.largest_graph = 0
-        if compilation.cudagraph_mode.has_full_cudagraphs():
-            self.largest_graph = compilation.max_cudagraph_capture_size or 0
+        # Layers with a window may share their cache's group with layers without.
+        impls = [layers[name].impl for name in layer_names]
+        self.impl = next((impl for impl in impls if impl.splits_prefix), None)
         self.max_num_splits = vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
         self.num_sms = 1
         if device.type == "cuda":
             self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-        # Four words for each request, padded to four requests, and a counter.
-        max_num_reqs = max(vllm_config.scheduler_config.max_num_seqs, self.largest_graph)
+        # At most four words for each request, padded to four requests, and a counter.
+        max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         size = 1 + 4 * (max_num_reqs + 3)
         self._schedule = torch.zeros(size, dtype=torch.int32, device=device)
 
     def build_tree_rows(self, tree: TreeRows, block_table: torch.Tensor) -> TreeMetadata:
         metadata = TreeMetadata(tree, block_table)
-        if not self.impl.splits_prefix:
+        impl, spec = self.impl, self.kv_cache_spec
+        if impl is None:
             return metadata
-        num_splits = self._num_splits(tree) if tree.num_tokens <= self.largest_graph else 0
-        heads, spec = self.impl.num_heads, self.kv_cache_spec
+        num_splits = self._num_splits(tree)
+        # What decides on the kernel must be what the kernel is called with.
         planned = get_scheduler_metadata(
             batch_size=tree.num_reqs,
             max_seqlen_q=tree.max_query_len,
             max_seqlen_k=tree.max_prefix_len,
-            num_heads_q=heads,
-            num_heads_kv=self.impl.num_kv_heads,
-            headdim=self.impl.head_size,
+            num_heads_q=impl.num_heads,
+            num_heads_kv=impl.num_kv_heads,
+            headdim=impl.head_size,
             cache_seqlens=tree.prefix_lens,
-            qkv_dtype=spec.dtype,
+            qkv_dtype=torch.float8_e4m3fn if impl.is_cache_e4m3 else spec.dtype,
             cu_seqlens_q=tree.query_start_loc,
             page_size=spec.block_size,
             causal=False,
+            has_softcap=impl.logits_softcap > 0,
             num_splits=num_splits,
         )
-        if num_splits and tree.scratch is None:
-            # What the kernel finds past its plan it would take for work.
+        if tree.scratch is None:
+            # The target's graphs replay what is planned between them; the draft's plan is
+            # part of its graph. What the kernel finds past its plan it would take for work.
             size = planned.shape[0]
             self._schedule[:size] = planned
             self._schedule[size:] = 0
@@ -99,10 +101,17 @@ class FlashTreeBuilder(TreeMetadataBuilder):
         return metadata
 
     def _num_splits(self, tree: TreeRows) -> int:
-        """Parts of a prefix that fill the GPU twice: more cost memory and a longer merge."""
-        rows = tree.max_query_len * (self.impl.num_heads // self.impl.num_kv_heads)
-        tiles = tree.num_reqs * self.impl.num_kv_heads * -(-rows // _TILE_ROWS)
-        return max(1, min(self.max_num_splits, -(-2 * self.num_sms // tiles)))
+        """Parts of a prefix that fill the GPU twice; more, for lengths that differ, while their
+        float32 outputs are small.
+
+        Of the batch's shape alone, so that a graph's plans are for the kernel that it holds.
+        """
+        impl = self.impl
+        rows = tree.max_query_len * (impl.num_heads // impl.num_kv_heads)
+        tiles = tree.num_reqs * impl.num_kv_heads * -(-rows // _TILE_ROWS)
+        part_bytes = 4 * tree.num_tokens * impl.num_heads * impl.head_size
+        num_splits = max(-(-2 * self.num_sms // tiles), _SPLIT_BYTES // part_bytes)
+        return max(1, min(self.max_num_splits, num_splits))
 
 
 class FlashTreeImpl(TreeImpl, FlashAttentionImpl):
@@ -113,6 +122,7 @@ class FlashTreeImpl(TreeImpl, FlashAttentionImpl):
 
     def attend(
         self,
+        layer: torch.nn.Module,
         query: torch.Tensor,
         tree_key: torch.Tensor,
         tree_value: torch.Tensor,
@@ -121,11 +131,19 @@ class FlashTreeImpl(TreeImpl, FlashAttentionImpl):
         output: torch.Tensor,
     ) -> None:
         if not self.splits_prefix:
-            super().attend(query, tree_key, tree_value, kv_cache, metadata, output)
+            super().attend(layer, query, tree_key, tree_value, kv_cache, metadata, output)
             return
         tree = metadata.tree
+        scales = self.scales(layer, query)
+        descales = {
+            name.replace("scale", "descale"): scale.expand(tree.num_reqs, self.num_kv_heads)
+            for name, scale in scales.items()
+        }
         # FlashAttention 3 copies by TMA, which wants the strides of size-1 axes in order.
         key_cache, value_cache = map(canonicalize_singleton_dim_strides, self.split_cache(kv_cache))
+        if scales:
+            key_cache = key_cache.view(torch.float8_e4m3fn)
+            value_cache = value_cache.view(torch.float8_e4m3fn)
         _, lse = flash_attn_varlen_func(
             q=query,
             k=key_cache,
@@ -143,6 +161,7 @@ class FlashTreeImpl(TreeImpl, FlashAttentionImpl):
             scheduler_metadata=metadata.schedule.metadata,
             num_splits=metadata.schedule.num_splits,
             fa_version=3,
+            **descales,
         )
         ops.finish_tree_attention(
             query,
@@ -159,6 +178,7 @@ class FlashTreeImpl(TreeImpl, FlashAttentionImpl):
             max_tree_len=tree.max_tree_len,
             softcap=self.logits_softcap,
             scratch=tree.scratch,
+            **scales,
         )
 
 

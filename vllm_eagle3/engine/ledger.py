@@ -44,6 +44,7 @@ def _attention(module: str, backend: str, impl: str, *more: str) -> tuple[str, .
             "logits_soft_cap",
             "alibi_slopes",
             "sinks",
+            "kv_cache_dtype",
             "kv_sharing_target_layer_name",
             *more,
         ),
@@ -209,8 +210,14 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
     Hook("attention layers", "backend and impl of each layer exchanged after loading"): (
         "vllm.config:get_layers_from_vllm_config",
         *members(
-            "vllm.model_executor.layers.attention:Attention", "attn_backend", "impl", "kv_cache"
+            "vllm.model_executor.layers.attention:Attention",
+            "attn_backend",
+            "impl",
+            "kv_cache",
+            "kv_cache_dtype",
         ),
+        # Registers the layers' _q_scale, _k_scale and _v_scale.
+        "vllm.model_executor.layers.attention.attention:set_default_quant_scales",
         *members("vllm.v1.attention.backend:AttentionCGSupport", "UNIFORM_BATCH"),
         *members(
             "vllm.v1.attention.backend:AttentionMetadataBuilder",

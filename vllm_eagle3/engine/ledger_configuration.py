@@ -6,6 +6,8 @@ def members(owner: str, *names: str) -> tuple[str, ...]:
 
 
 CONFIGURATION: tuple[str, ...] = (
+    "vllm.platforms:current_platform",
+    *members("vllm.platforms.interface:Platform", "has_device_capability", "is_cuda"),
     *members(
         "vllm.config:VllmConfig",
         "additional_config",
@@ -63,6 +65,7 @@ CONFIGURATION: tuple[str, ...] = (
         "draft_model_config",
         "draft_sample_method",
         "enable_adaptive_verification",
+        "kv_cache_dtype",
         "method",
         "num_speculative_tokens",
         "parallel_drafting",

@@ -5,14 +5,19 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from vllm import envs
+from vllm.platforms import current_platform
 
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.engine import head
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
 
-_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+_CHAIN = "serve this model with a chain (leave tree out)"
+# Values of e4m3, one scale for all keys of a layer and one for its values.
+E4M3_CACHES = ("fp8", "fp8_e4m3")
+_CACHES = ("auto", "float16", "bfloat16", "float32", *E4M3_CACHES)
 
 
 def check(vllm_config: "VllmConfig", tree: TreeConfig) -> None:
@@ -26,8 +31,30 @@ def check(vllm_config: "VllmConfig", tree: TreeConfig) -> None:
     _check_head(vllm_config, tree)
 
 
+def check_layer(name: str, layer: "Attention") -> None:
+    """Raise ``ValueError`` for a loaded attention layer that trees cannot serve."""
+    for unsupported, what, remedy in _layer_conditions(layer):
+        if unsupported:
+            raise ValueError(f"draft trees do not support {what} ({name}): {remedy}")
+
+
+def _layer_conditions(layer: "Attention") -> Iterator[tuple[bool, str, str]]:
+    for feature in ("alibi_slopes", "sinks", "kv_sharing_target_layer_name"):
+        yield getattr(layer.impl, feature, None) is not None, feature, _CHAIN
+    # Layers of a quantised checkpoint may have another cache than the configuration says.
+    dtype = layer.kv_cache_dtype
+    yield from _cache_dtype_conditions(dtype, f"kv_cache_dtype={dtype}")
+    scales = (layer._q_scale, layer._k_scale, layer._v_scale)
+    yield (
+        dtype in E4M3_CACHES and any(scale.numel() != 1 for scale in scales),
+        "a KV cache with a scale for each head",
+        "use kv_cache_dtype=bfloat16",
+    )
+
+
 def _conditions(config: "VllmConfig", tree: TreeConfig) -> Iterator[tuple[bool, str, str]]:
     yield from _engine_conditions(config, tree)
+    yield from _cache_conditions(config)
     yield from _parallel_conditions(config)
     yield from _speculative_conditions(config)
     yield from _model_conditions(config)
@@ -39,12 +66,6 @@ def _engine_conditions(config: "VllmConfig", tree: TreeConfig) -> Iterator[tuple
         "vLLM's first model runner",
         "set VLLM_USE_V2_MODEL_RUNNER=1 (`vllm-eagle3 doctor` says why it is not the default"
         " here), or leave tree out",
-    )
-    dtype = config.cache_config.cache_dtype
-    yield (
-        dtype not in _KV_CACHE_DTYPES,
-        f"kv_cache_dtype={dtype}",
-        "use kv_cache_dtype=bfloat16 (auto follows a quantised checkpoint)",
     )
     yield (
         config.kv_transfer_config is not None,
@@ -73,6 +94,27 @@ def _engine_conditions(config: "VllmConfig", tree: TreeConfig) -> Iterator[tuple
         f"num_speculative_tokens={tree.num_speculative_tokens} with"
         f" max_num_batched_tokens={scheduler.max_num_batched_tokens}",
         "raise max_num_batched_tokens",
+    )
+
+
+def _cache_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]]:
+    dtype = config.cache_config.cache_dtype
+    yield from _cache_dtype_conditions(dtype, f"kv_cache_dtype={dtype}")
+    dtype = getattr(config.speculative_config, "kv_cache_dtype", None) or dtype
+    yield from _cache_dtype_conditions(dtype, f"the draft's kv_cache_dtype={dtype}")
+
+
+def _cache_dtype_conditions(dtype: str, setting: str) -> Iterator[tuple[bool, str, str]]:
+    yield (
+        dtype not in _CACHES,
+        setting,
+        "use kv_cache_dtype=fp8 (e4m3) or bfloat16 (auto follows a quantised checkpoint)",
+    )
+    reads_e4m3 = current_platform.is_cuda() and current_platform.has_device_capability(89)
+    yield (
+        dtype in E4M3_CACHES and not reads_e4m3,
+        f"{setting} on this machine",
+        "use kv_cache_dtype=bfloat16, or a GPU of compute capability 8.9 or later",
     )
 
 
@@ -120,7 +162,6 @@ def _speculative_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, s
 
 def _model_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]]:
     model = config.model_config
-    remedy = "serve this target with a chain (leave tree out)"
     for name, what in (
         ("use_mla", "multi-head latent attention"),
         ("is_hybrid", "hybrid state-space targets"),
@@ -130,16 +171,16 @@ def _model_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]]:
         ("enable_trace_replay", "enable_trace_replay"),
         ("return_sampling_mask", "return_sampling_mask"),
     ):
-        yield bool(getattr(model, name, False)), what, remedy
-    yield getattr(model, "rswa_window", None) is not None, "reference sliding windows", remedy
+        yield bool(getattr(model, name, False)), what, _CHAIN
+    yield getattr(model, "rswa_window", None) is not None, "reference sliding windows", _CHAIN
     # They read the tokens before a row from the rows before it, which a tree has in no order.
-    yield bool(model.logits_processors), "custom logits_processors", "remove them, or " + remedy
+    yield bool(model.logits_processors), "custom logits_processors", "remove them, or " + _CHAIN
     # vLLM also loads those of all installed packages.
     installed = sorted(point.name for point in entry_points(group="vllm.logits_processors"))
     yield (
         bool(installed),
         f"installed logits processors ({', '.join(installed)})",
-        "uninstall the packages that bring them, or " + remedy,
+        "uninstall the packages that bring them, or " + _CHAIN,
     )
 
 
