@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_eagle3.ops.device import num_sms
 from vllm_eagle3.ops.dispatch import Impl, check, check_same_device, check_vector, resolve
 
 MAX_K = 16  # of the compiled kernel; "auto" runs torch beyond
@@ -93,8 +94,7 @@ def _num_splits(num_rows: int, row_bytes: int, device: torch.device) -> int:
     """Blocks that share a row: two for each multiprocessor, if each thread then has work."""
     if device.type != "cuda" or num_rows == 0:
         return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(2 * processors // num_rows, -(-row_bytes // _BLOCK_BYTES), _MAX_SPLITS))
+    return max(1, min(2 * num_sms(device) // num_rows, -(-row_bytes // _BLOCK_BYTES), _MAX_SPLITS))
 
 
 def _draft_topk_torch(

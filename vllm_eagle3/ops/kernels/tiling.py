@@ -1,6 +1,5 @@
 """Tile sizes, grids, splits and scales that the kernels of tree attention share."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_eagle3.ops.device import num_sms, shared_memory
 from vllm_eagle3.ops.dispatch import interpreted
 
 _LOG2_E = 1.0 / math.log(2.0)
@@ -123,22 +123,6 @@ def split_prefixes(
     return Splits(min(wanted, most, useful, _MAX_SPLITS), busy, _LEAST_KEYS, _MOST_KEYS)
 
 
-@functools.cache
-def num_sms(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 where the interpreter takes its place."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
 def _deep_pipeline(out_THD: torch.Tensor) -> bool:
     """Whether three stages of keys and values and a tile of 128 rows fit beside each other.
 
@@ -147,7 +131,7 @@ def _deep_pipeline(out_THD: torch.Tensor) -> bool:
     padded = triton.next_power_of_2(out_THD.shape[2])
     row_bytes = padded * out_THD.element_size()
     needed = (128 + 3 * 2 * keys_per_step(out_THD)) * row_bytes + 4096
-    return needed <= _shared_memory(out_THD.device)
+    return needed <= shared_memory(out_THD.device)
 
 
 def score_scales(scale: float, softcap: float) -> tuple[float, float]:
