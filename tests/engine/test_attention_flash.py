@@ -1,0 +1,371 @@
+"""Tree attention on FlashAttention 3: its plans, its arguments, and what comes out.
+
+:mod:`tests.engine.flash3` stands in for the kernel; layers, builders and the tree part are real.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.engines import tree
+from tests.engine.flash3 import Flash3
+from tests.ops.setups import (
+    DEVICE,
+    NAN,
+    Attention,
+    ancestors,
+    int32,
+    random_parents,
+    word,
+    words,
+)
+from tests.ops.test_tree_attention_fp8 import K_SCALE, Q_SCALE, V_SCALE, cached, quantised
+from vllm_eagle3.engine import attention, support
+from vllm_eagle3.engine.tree_batch import TreeRows
+
+MAX_MODEL_LEN = 512
+
+
+@pytest.fixture
+def flash3(monkeypatch: Any) -> Flash3:
+    gpu = SimpleNamespace(is_cuda=lambda: True, has_device_capability=lambda capability: True)
+    monkeypatch.setattr(support, "current_platform", gpu)
+    return Flash3(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def vllm_config(pair: Any) -> Any:
+    from vllm.config import CUDAGraphMode
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(
+        model=str(pair.target),
+        skip_tokenizer_init=True,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=9,
+        speculative_config=tree(pair, 12, depth=3, top_k=4),
+    ).create_engine_config()
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config.compilation_config.max_cudagraph_capture_size = 16
+    return config
+
+
+class Layer:
+    """An attention layer of vLLM as the backends see it, over the cache of a case.
+
+    ``is_e4m3`` rounds the case: what is right is attention to what an e4m3 cache holds.
+    """
+
+    def __init__(self, case: Attention, is_e4m3: bool = False, version: int = 3) -> None:
+        from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
+
+        self.case, self.is_e4m3 = case, is_e4m3
+        self.inputs = cached(case, query=True)[1] if is_e4m3 else case.inputs
+        caches = [self.inputs[f"{name}_cache"] for name in ("key", "value")]
+        self.cache = torch.cat(
+            [cache.view(torch.uint8) if is_e4m3 else cache for cache in caches], dim=-1
+        )
+        self.cache = self.cache.transpose(1, 2).contiguous()
+        self.kv_cache_dtype = "fp8" if is_e4m3 else "auto"
+        # One of the shapes that vLLM gives them for each.
+        self._q_scale = torch.tensor(Q_SCALE, device=DEVICE)
+        self._k_scale = torch.tensor(K_SCALE, device=DEVICE)
+        self._v_scale = torch.tensor([V_SCALE], device=DEVICE)
+        self.attn_backend = FlashAttentionBackend
+        self.impl = FlashAttentionImpl(
+            case.heads,
+            case.head_dim,
+            case.settings["scale"],
+            case.kv_heads,
+            None,
+            case.window,
+            self.kv_cache_dtype,
+            case.softcap or None,
+        )
+        self.impl.vllm_flash_attn_version = version
+        self.batch = SimpleNamespace(rows=None)
+        attention.adopt({"layer": self}, self.batch)
+
+    def builder(self, vllm_config: Any, *others: "Layer") -> Any:
+        """The metadata builder of a group of layers, this one the last."""
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
+
+        layers = {f"layer.{i}": layer for i, layer in enumerate((*others, self))}
+        vllm_config.compilation_config.static_forward_context = layers
+        vllm_config.cache_config.cache_dtype = self.kv_cache_dtype
+        spec = FullAttentionSpec(
+            block_size=self.case.page,
+            num_kv_heads=self.case.kv_heads,
+            head_size=self.case.head_dim,
+            dtype=self.cache.dtype,
+            kv_quant_mode=get_kv_quant_mode(self.kv_cache_dtype),
+        )
+        builder = self.attn_backend.get_builder_cls()(spec, list(layers), vllm_config, DEVICE)
+        builder.tree_batch = self.batch
+        return builder
+
+    def rows(self, **changes: Any) -> TreeRows:
+        """The tree rows of the case; the longest prefix known to the token."""
+        inputs = self.inputs
+        rows = TreeRows(
+            num_reqs=len(self.case.seen),
+            num_tokens=len(inputs["query_THD"]),
+            query_start_loc=inputs["query_start_loc_B1"],
+            prefix_lens=inputs["prefix_lens_B"],
+            tree_start=inputs["tree_start_B"],
+            tree_lens=inputs["tree_lens_B"],
+            ancestor_bits=inputs["ancestor_bits_T"],
+            max_query_len=self.case.settings["max_query_len"],
+            max_tree_len=self.case.settings["max_tree_len"],
+            max_prefix_len=max(self.case.prefix_lens),
+        )
+        vars(rows).update(changes)
+        return rows
+
+    def write(self, request: int) -> None:
+        """The keys and values of a request's rows to the cache, as vLLM does before attention."""
+        first, length = self.inputs["query_start_loc_B1"][request], self.case.prefix_lens[request]
+        for i in range(len(self.case.seen[request])):
+            page, slot = divmod(length + i, self.case.page)
+            content = []
+            for name, scale in (("key", self._k_scale), ("value", self._v_scale)):
+                head = self.inputs[f"tree_{name}_SHD"][first + i]
+                if self.is_e4m3:
+                    head = quantised(head, float(scale)).view(torch.uint8)
+                content.append(head)
+            block = self.inputs["block_table_BP"][request, page]
+            self.cache[block, :, slot] = torch.cat(content, dim=-1)
+
+    def forward(self, metadata: Any, **changes: torch.Tensor) -> torch.Tensor:
+        inputs = {**self.inputs, **changes}
+        query = inputs["query_THD"]
+        out = torch.full(query.shape, NAN, dtype=self.case.dtype, device=DEVICE)
+        key, value = inputs["tree_key_SHD"], inputs["tree_value_SHD"]
+        return self.impl.forward(self, query, key, value, self.cache, metadata, out)
+
+
+def common(layer: Layer, rows: TreeRows) -> Any:
+    """vLLM's own metadata of the same batch."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    starts = rows.query_start_loc
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts.cpu(),
+        seq_lens=rows.prefix_lens + starts.diff(),
+        num_reqs=rows.num_reqs,
+        num_actual_tokens=rows.num_tokens,
+        max_query_len=rows.max_query_len,
+        max_seq_len=MAX_MODEL_LEN,
+        block_table_tensor=layer.inputs["block_table_BP"],
+        slot_mapping=torch.zeros(rows.num_tokens, dtype=torch.int64, device=DEVICE),
+    )
+
+
+def verify(layer: Layer, vllm_config: Any, **changes: Any) -> torch.Tensor:
+    layer.batch.rows = rows = layer.rows(**changes)
+    return layer.forward(layer.builder(vllm_config).build(0, common(layer, rows)))
+
+
+def trees(*sizes: int, seed: int = 0) -> list[list[int]]:
+    return [words(random_parents(seed + b, size)) for b, size in enumerate(sizes)]
+
+
+def make(dtype: torch.dtype = torch.float32, **settings: Any) -> Attention:
+    return Attention([0, 70, 19], trees(4, 5, 3), dtype=dtype, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_e4m3", [False, True], ids=["same type", "e4m3"])
+class TestLayer:
+    @pytest.mark.parametrize("softcap", [0.0, 2.0])
+    def test_verification(self, flash3, vllm_config, dtype, is_e4m3, softcap):
+        layer = Layer(make(dtype, softcap=softcap), is_e4m3)
+        layer.case.assert_right(verify(layer, vllm_config))
+        assert (flash3.num_plans, flash3.num_calls) == (1, 1)
+
+    @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 1, 64), (9, 3, 80)])
+    def test_shapes(self, flash3, vllm_config, dtype, is_e4m3, heads, kv_heads, head_dim):
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "page": 32}
+        layer = Layer(make(dtype, **shape), is_e4m3)
+        layer.case.assert_right(verify(layer, vllm_config))
+
+    @pytest.mark.parametrize("softcap", [0.0, 2.0])
+    def test_a_level_of_the_draft(self, flash3, vllm_config, dtype, is_e4m3, softcap):
+        """K rows each, whose keys the layer adds to those of the earlier levels."""
+        frontier = [word(ancestors(random_parents(3, 12), node)) for node in range(8, 12)]
+        case = Attention(
+            [33, 0, 7], [frontier] * 3, tree_keys=[12] * 3, dtype=dtype, softcap=softcap
+        )
+        layer = Layer(case, is_e4m3)
+        places = [64 * b + node for b in range(3) for node in range(8, 12)]
+        names = ("tree_key_SHD", "tree_value_SHD")
+        scratch = tuple(layer.inputs[name].clone() for name in names)
+        own = {name: rows[places] for name, rows in zip(names, scratch, strict=True)}
+        for rows in scratch:
+            rows[places] = NAN
+        rows = layer.rows(scratch=scratch, max_prefix_len=MAX_MODEL_LEN)
+        builder = layer.builder(vllm_config)
+        metadata = builder.build_tree_rows(rows, layer.inputs["block_table_BP"])
+        case.assert_right(layer.forward(metadata, **own))
+        for name, rows in zip(names, scratch, strict=True):
+            assert torch.equal(rows[places], own[name])
+        assert flash3.num_calls == 1
+
+    def test_a_graph_replays_other_prefixes(self, flash3, vllm_config, dtype, is_e4m3):
+        """Host integers and addresses are those of the capture, a batch of padded size."""
+        seen = trees(5, 5, 5)
+        layer = Layer(Attention([1, 1, 1], seen, dtype=dtype), is_e4m3)
+        builder = layer.builder(vllm_config)
+        at = {name: x.clone() for name, x in layer.inputs.items()}
+        at["prefix_lens_B"].zero_()
+        at["block_table_BP"] = torch.zeros(3, 9, dtype=torch.int32, device=DEVICE)
+        layer.inputs = at
+        layer.batch.rows = layer.rows(max_prefix_len=0)
+        captured = builder.build_for_cudagraph_capture(common(layer, layer.batch.rows))
+        for lens in ([70, 0, 19], [8, 120, 0], [MAX_MODEL_LEN // 4, 1, 0]):
+            size = 3 if lens[2] else 2  # the last request may be padding
+            case = Attention(lens, [*seen[:size], [], []][:3], dtype=dtype, seed=lens[0])
+            step = Layer(case, is_e4m3)
+            rows = size * 5
+            at["query_start_loc_B1"].copy_(step.inputs["query_start_loc_B1"])
+            at["tree_start_B"].copy_(step.inputs["tree_start_B"])
+            at["tree_lens_B"].copy_(step.inputs["tree_lens_B"])
+            at["prefix_lens_B"][:size] = int32(lens[:size])  # a padded one's is an older one
+            table = step.inputs["block_table_BP"]
+            at["block_table_BP"][:, : table.shape[1]] = table
+            for name in ("query_THD", "tree_key_SHD", "tree_value_SHD", "ancestor_bits_T"):
+                at[name][:rows] = step.inputs[name]
+            layer.cache = step.cache
+            layer.batch.rows = layer.rows(max_prefix_len=max(lens))
+            builder.build(0, common(layer, layer.batch.rows))
+            case.assert_right(layer.forward(captured)[:rows])
+        assert flash3.num_calls == 3
+
+    def test_prompts_behind_the_trees(self, flash3, vllm_config, dtype, is_e4m3):
+        """The stock implementation attends for them, by a plan of its own, to the cache."""
+        prompts = [words([-1, 0, 1, 2, 3, 4]), words([-1])]
+        case = Attention([33, 9, 19, 39], [*trees(4, 3), *prompts], dtype=dtype)
+        layer = Layer(case, is_e4m3)
+        layer.write(request=2)
+        layer.write(request=3)
+        trees_only = {"num_reqs": 2, "num_tokens": 7, "max_query_len": 4, "max_tree_len": 4}
+        rows = layer.rows(**trees_only, max_prefix_len=33)
+        rows.query_start_loc = rows.query_start_loc[:3]
+        for name in ("prefix_lens", "tree_start", "tree_lens"):
+            setattr(rows, name, getattr(rows, name)[:2])
+        batch = common(layer, layer.rows())
+        layer.batch.rows = rows
+        case.assert_right(layer.forward(layer.builder(vllm_config).build(0, batch)))
+        assert (flash3.num_plans, flash3.num_calls) == (2, 2)
+
+
+@pytest.mark.parametrize("is_e4m3", [False, True], ids=["same type", "e4m3"])
+@pytest.mark.parametrize(("window", "version"), [(30, 3), (None, 2), (None, 4)])
+def test_the_portable_kernel_serves_windows_and_other_versions(
+    flash3, vllm_config, is_e4m3, window, version
+):
+    layer = Layer(make(window=window), is_e4m3, version)
+    layer.case.assert_right(verify(layer, vllm_config))
+    assert (flash3.num_plans, flash3.num_calls) == (0, 0)
+
+
+def test_a_group_of_layers_with_and_without_windows(flash3, vllm_config):
+    windowed, layer = Layer(make(window=30)), Layer(make())
+    layer.batch.rows = rows = layer.rows()
+    metadata = layer.builder(vllm_config, windowed).build(0, common(layer, rows))
+    windowed.case.assert_right(windowed.forward(metadata))
+    layer.case.assert_right(layer.forward(metadata))
+    assert flash3.num_calls == 1
+
+
+def test_a_shorter_plan_leaves_nothing_of_a_longer_one(flash3, vllm_config):
+    layer = Layer(Attention([9] * 9, trees(*[3] * 9)))
+    builder = layer.builder(vllm_config)
+    layer.batch.rows = layer.rows()
+    builder.build(0, common(layer, layer.batch.rows))
+    few = Layer(make())
+    layer.batch.rows = few.rows()
+    few.case.assert_right(few.forward(builder.build(0, common(few, layer.batch.rows))))
+
+
+@pytest.mark.parametrize("num_reqs", [1, 9])
+def test_splits_follow_the_shape_of_the_batch_alone(flash3, vllm_config, num_reqs):
+    """A graph keeps the number that it was captured with."""
+    found = set()
+    for prefix_len in (0, 1, 500):
+        layer = Layer(Attention([prefix_len] * num_reqs, trees(*[3] * num_reqs)))
+        verify(layer, vllm_config)
+        found.add(flash3.num_splits)
+    (num_splits,) = found
+    most = vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
+    assert 1 < num_splits <= most
+
+
+@pytest.mark.parametrize("num_reqs", [1, 64, 256])
+def test_the_parts_of_a_step_take_little_memory(flash3, vllm_config, num_reqs):
+    """64 nodes of 64 heads: 2 MiB a request and part."""
+    layer = Layer(make(heads=64, kv_heads=8, head_dim=128))
+    builder = layer.builder(vllm_config)
+    builder.num_sms = 132
+    rows = layer.rows(num_reqs=num_reqs, num_tokens=64 * num_reqs, max_query_len=64)
+    num_splits = builder._num_splits(rows)
+    assert num_splits >= 1
+    assert num_splits == 1 or num_splits * num_reqs * 64 * 64 * 128 * 4 <= 1 << 26
+
+
+class TestWrongArguments:
+    """The stand-in sees what would be wrong on a GPU."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"qkv_dtype": torch.bfloat16},
+            {"page_size": 32},
+            {"max_seqlen_q": 9},
+            {"has_softcap": True},
+            {"causal": True},
+            {"num_splits": 0},
+            {"num_heads_kv": 4},
+        ],
+        ids=lambda change: next(iter(change)),
+    )
+    def test_a_plan_for_another_kernel(self, flash3, vllm_config, monkeypatch, change):
+        from vllm_eagle3.engine import attention_flash
+
+        monkeypatch.setattr(
+            attention_flash,
+            "get_scheduler_metadata",
+            lambda **arguments: flash3.get_scheduler_metadata(**{**arguments, **change}),
+        )
+        with pytest.raises(AssertionError, match="another kernel"):
+            verify(Layer(make(), is_e4m3=True), vllm_config)
+
+    @pytest.mark.parametrize("scale", ["_q_scale", "_k_scale", "_v_scale"])
+    def test_a_scale_that_is_not_the_caches(self, flash3, vllm_config, scale):
+        layer = Layer(make(), is_e4m3=True)
+        getattr(layer, scale).mul_(1.1)
+        with pytest.raises(AssertionError):
+            layer.case.assert_right(verify(layer, vllm_config))
+
+    def test_a_cache_of_bytes(self, flash3, vllm_config):
+        layer = Layer(make(), is_e4m3=True)
+        layer.impl.kv_cache_dtype = "auto"
+        with pytest.raises(AssertionError):
+            verify(layer, vllm_config)
+
+
+def test_the_stand_in_takes_what_vllm_takes(flash3):
+    from inspect import signature
+
+    from vllm_eagle3.engine import contract
+
+    for minor in contract.SUPPORTED:
+        record = contract.read_record(f"{minor}.0")
+        for function in (flash3.get_scheduler_metadata, flash3.flash_attn_varlen_func):
+            shape = record[f"vllm.v1.attention.backends.fa_utils:{function.__name__}"]
+            names = {part.strip("( )").partition("=")[0] for part in shape.split(", ")}
+            names = {name.removeprefix("function (") for name in names}
+            assert set(signature(function).parameters) <= names
