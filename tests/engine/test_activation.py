@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from tests.engine import tiny
 from tests.engine.engines import Engines, chain, random_prompts, sampling, tree
+from tests.engine.layers import GPU
 from vllm_eagle3.config import TreeConfig
-from vllm_eagle3.engine import activation, plugin
+from vllm_eagle3.engine import activation, plugin, support
 
 
 def configure(pair: tiny.Pair, speculative: dict[str, Any] | None, **settings: Any) -> Any:
@@ -34,9 +35,25 @@ def configure(pair: tiny.Pair, speculative: dict[str, Any] | None, **settings: A
 
 def test_the_tree_travels_in_the_additional_config(pair):
     config = configure(pair, tree(pair, 20, depth=4, top_k=5))
-    assert activation.tree_config(config) == TreeConfig(20, depth=4, top_k=5)
+    expected = TreeConfig(20, depth=4, top_k=5, verify_budget=None)
+    assert activation.tree_config(config) == expected
     assert config.speculative_config.num_speculative_tokens == 20
-    assert activation.tree_config(pickle.loads(pickle.dumps(config))) == TreeConfig(20, 4, 5)
+    assert activation.tree_config(pickle.loads(pickle.dumps(config))) == expected
+
+
+def test_trees_shrink_as_requests_become_more(pair):
+    speculative = chain(pair, 31) | {"tree": {"depth": 6, "top_k": 8, "verify_budget": 64}}
+    config = configure(pair, speculative).speculative_config
+    schedule = [(1, 2, 31), (3, 4, 15), (5, 8, 7)]
+    tiers = [tuple(tier) for tier in config.num_speculative_tokens_per_batch_size]
+    assert tiers[:3] == schedule
+    mine = chain(pair, 31, num_speculative_tokens_per_batch_size=[[1, 64, 8]])
+    config = configure(pair, {**mine, "tree": True}).speculative_config
+    assert [tuple(t) for t in config.num_speculative_tokens_per_batch_size] == [(1, 64, 8)]
+    config = configure(pair, tree(pair, 31, 6, 8)).speculative_config  # verify_budget is None
+    assert config.num_speculative_tokens_per_batch_size is None
+    with pytest.raises(ValueError, match="give one of them"):
+        configure(pair, {**mine, "tree": {"verify_budget": 64}})
 
 
 def test_true_takes_the_defaults(pair):
@@ -143,7 +160,8 @@ def test_a_wrong_speculative_config(pair, change, message):
     [
         ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2: use tensor_parallel_size=1"),
         ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2"),
-        ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, r"kv_cache_dtype=fp8_e5m2: use kv_cache_dtype=fp8"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, r"kv_cache_dtype=int8_per_token_head: use"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             r"kv_transfer_config.*remove it",
@@ -154,6 +172,22 @@ def test_a_wrong_speculative_config(pair, change, message):
 def test_an_unsupported_setting(pair, settings, message):
     with pytest.raises(ValueError, match=message):
         configure(pair, tree(pair, 12, depth=3, top_k=4), **settings)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3"])
+def test_an_e4m3_cache_needs_a_gpu_that_reads_it(pair, monkeypatch, dtype):
+    speculative = tree(pair, 12, depth=3, top_k=4)
+    with pytest.raises(ValueError, match=rf"kv_cache_dtype={dtype} on this machine: use"):
+        configure(pair, speculative, kv_cache_dtype=dtype)
+    monkeypatch.setattr(support, "current_platform", GPU)
+    config = configure(pair, speculative, kv_cache_dtype=dtype)
+    assert config.cache_config.cache_dtype == dtype
+
+
+def test_the_drafts_own_cache_is_looked_at_too(pair):
+    speculative = {**tree(pair, 12, depth=3, top_k=4), "kv_cache_dtype": "fp8_e5m2"}
+    with pytest.raises(ValueError, match=r"the draft's kv_cache_dtype=fp8_e5m2: use"):
+        configure(pair, speculative)
 
 
 def test_the_first_model_runner_is_refused(pair, monkeypatch):
