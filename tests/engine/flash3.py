@@ -1,7 +1,7 @@
-"""FlashAttention 3 without a GPU: what it refuses, what it plans, and what it computes.
+"""FlashAttention 3: itself on Hopper, elsewhere a stand-in.
 
-Written from its sources: arguments are checked as its host code checks them, and a plan fits
-one kernel only, so that a plan made for another type, page size or batch does not go unnoticed.
+The stand-in is written from its sources: it checks arguments as its host code does, and a plan
+fits one kernel only, so that one made for another type, page size or batch does not go unnoticed.
 """
 
 import zlib
@@ -10,38 +10,51 @@ from typing import Any
 import torch
 
 E4M3 = torch.float8_e4m3fn
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 _GARBAGE = 7.0
 
 
 class Flash3:
-    """Attributes:
-    num_plans, num_calls: how often each function was called.
-    num_splits: those of the last call.
+    """What vLLM's backend and ours call, counted.
+
+    Attributes:
+        num_plans, num_calls: how often each function was called.
+        num_splits: those of the last call.
     """
 
     def __init__(self, monkeypatch: Any) -> None:
         from vllm.v1.attention.backends import fa_utils
 
         self.num_plans = self.num_calls = self.num_splits = 0
-        functions = {
-            "get_scheduler_metadata": self.get_scheduler_metadata,
-            "flash_attn_varlen_func": self.flash_attn_varlen_func,
-        }
-        if not hasattr(fa_utils, "get_scheduler_metadata"):  # no GPU: only for the imports below
-            for name, function in functions.items():
-                monkeypatch.setattr(fa_utils, name, function, raising=False)
+        names = ("get_scheduler_metadata", "flash_attn_varlen_func")
+        if not hasattr(fa_utils, names[0]):  # no GPU: only for the imports below
+            for name in names:
+                monkeypatch.setattr(fa_utils, name, None, raising=False)
         from vllm.v1.attention.backends import flash_attn
 
         from vllm_eagle3.engine import attention_flash
 
+        source = fa_utils if IS_HOPPER else StandIn
+        self._plan, self._attend = (getattr(source, name) for name in names)
         for module in (flash_attn, attention_flash):
-            for name, function in functions.items():
-                monkeypatch.setattr(module, name, function, raising=False)
+            for name in names:
+                monkeypatch.setattr(module, name, getattr(self, name), raising=False)
         monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *_, **__: 3)
         monkeypatch.setattr(flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *_, **__: True)
 
+    def get_scheduler_metadata(self, **arguments: Any) -> torch.Tensor:
+        self.num_plans += 1
+        return self._plan(**arguments)
+
+    def flash_attn_varlen_func(self, **arguments: Any) -> Any:
+        self.num_calls += 1
+        self.num_splits = arguments["num_splits"]
+        return self._attend(**arguments)
+
+
+class StandIn:
+    @staticmethod
     def get_scheduler_metadata(
-        self,
         batch_size: int,
         max_seqlen_q: int,
         max_seqlen_k: int,
@@ -57,15 +70,14 @@ class Flash3:
         has_softcap: bool = False,
         num_splits: int = 0,
     ) -> torch.Tensor:
-        self.num_plans += 1
         assert qkv_dtype in (torch.bfloat16, torch.float16, E4M3, torch.float32)
         assert cache_seqlens.shape == (batch_size,)
         kernel = (num_heads_q, num_heads_kv, headdim, qkv_dtype, page_size, max_seqlen_q)
         kernel += (causal, tuple(window_size), has_softcap)
         return _plan(kernel, max_seqlen_k, num_splits, cu_seqlens_q, cache_seqlens)
 
+    @staticmethod
     def flash_attn_varlen_func(
-        self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -92,8 +104,6 @@ class Flash3:
         aux_tensors: None = None,
         dynamic_causal: None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        self.num_calls += 1
-        self.num_splits = num_splits
         window = tuple(window_size or (-1, -1))
         assert fa_version == 3
         assert window == (-1, -1), "not among what this stand-in computes"
