@@ -1,4 +1,4 @@
-"""Tree attention on vLLM's Triton backend: any GPU, any float type."""
+"""Tree attention on vLLM's Triton backend: any GPU, any float type, also over an e4m3 cache."""
 
 from vllm_eagle3.engine.attention import TreeImpl, TreeMetadataBuilder
 from vllm_eagle3.engine.compat import (
