@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from vllm_eagle3.config import TreeConfig
@@ -31,9 +33,39 @@ def test_a_missing_key_takes_the_default():
     assert TreeConfig.from_dict({"depth": 3}, 32) == TreeConfig(32, 3, default.top_k)
 
 
-def test_goes_through_a_dict_and_back():
-    config = TreeConfig(20, depth=4, top_k=5)
+@pytest.mark.parametrize("verify_budget", [21, 64, None])
+def test_goes_through_a_dict_and_back(verify_budget):
+    config = TreeConfig(20, depth=4, top_k=5, verify_budget=verify_budget)
     assert TreeConfig.from_dict(config.to_dict(), 20) == config
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3, 4, 7, 12, 31, 32, 60, 63])
+@pytest.mark.parametrize("verify_budget", [64, 128, 500])
+def test_trees_of_all_requests_together_keep_the_budget(num_drafts, verify_budget):
+    tiers = TreeConfig(num_drafts, 8, 8, verify_budget=verify_budget).tiers()
+    assert tiers[0][0] == 1
+    assert tiers[0][2] == num_drafts
+    for first, last, drafts in tiers[:-1]:
+        assert first <= last
+        assert last * (drafts + 1) <= verify_budget
+    for (_, last, drafts), (first, _, fewer) in itertools.pairwise(tiers):
+        assert first == last + 1
+        assert fewer < drafts
+        # One request more would not have fitted, and a tree twice the next one's would not.
+        assert first * (drafts + 1) > verify_budget
+        assert first * 2 * (fewer + 1) > verify_budget or 2 * (fewer + 1) > num_drafts
+    assert tiers[-1][1] > 1000
+    assert tiers[-1][2] <= 3 or len(tiers) == 1 == num_drafts
+
+
+def test_without_a_budget_all_trees_are_of_one_size():
+    assert len(TreeConfig(31, verify_budget=None).tiers()) == 1
+
+
+def test_smaller_trees_are_not_grown_to_full_depth():
+    config = TreeConfig(31, depth=6, top_k=8)
+    assert [config.depth_of(n) for n in (31, 40, 15, 7, 3, 2, 1)] == [6, 6, 5, 4, 3, 2, 1]
+    assert TreeConfig(31, depth=3, top_k=8).depth_of(15) == 3
 
 
 @pytest.mark.parametrize(
@@ -56,9 +88,12 @@ def test_goes_through_a_dict_and_back():
         ({"depth": 1, "top_k": 8}, 9, "depth=1 and top_k=8", "raise tree.depth or tree.top_k"),
         ({"depth": 9, "top_k": 9}, 8, "tree.depth=9 and tree.top_k=9", "lower tree.depth or"),
         ({"depth": 66, "top_k": 1}, 8, "tree.depth=66", "more than 64: lower tree.depth"),
-        ({"width": 4}, 8, "unknown key 'width' in tree", "use depth and top_k"),
+        ({"width": 4}, 8, "unknown key 'width' in tree", "use depth, top_k, verify_budget"),
         ({"Depth": 4, "num_nodes": 3}, 8, "'Depth', 'num_nodes'", "num_speculative_tokens"),
-        ({4: 4, "b": 3}, 8, "4", "use depth and top_k"),
+        ({4: 4, "b": 3}, 8, "4", "use depth, top_k, verify_budget"),
+        ({"verify_budget": 20}, 31, "verify_budget=20", "raise it to 32, or lower num_spec"),
+        ({"verify_budget": 0}, 8, "tree.verify_budget", "at least 1"),
+        ({"verify_budget": "no"}, 8, "tree.verify_budget", "integer"),
         (False, 8, "tree must be true or an object", "leave the key out"),
         (None, 8, "tree must be true or an object", "leave the key out"),
         ("6x8", 8, "tree must be true or an object", "leave the key out"),

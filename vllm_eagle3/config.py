@@ -11,7 +11,11 @@ MAX_EXPANDED = 64  # likewise for the draft's own attention, over the nodes it e
 DEFAULT_NUM_SPECULATIVE_TOKENS = 31
 _DEFAULT_DEPTH = 6
 _DEFAULT_TOP_K = 8
-_KEYS = ("depth", "top_k")
+# Rows that cost a target's forward little more than one: reading its weights takes as long.
+_DEFAULT_VERIFY_BUDGET = 128
+_ANY_NUMBER = 1 << 20  # of requests
+_SMALLEST_TIER = 4  # rows of a request, however many requests there are
+_KEYS = ("depth", "top_k", "verify_budget")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class TreeConfig:
         num_speculative_tokens: draft tokens verified for each target forward (N - 1).
         depth: levels below the root that the draft expands (D).
         top_k: children for each expanded node, and nodes expanded for each level (K).
+        verify_budget: tokens that one target forward verifies, over all requests; with more
+            requests their trees are smaller. None for trees of one size.
 
     Raises:
         ValueError: a size that is not a positive integer, or more draft tokens than
@@ -35,10 +41,13 @@ class TreeConfig:
     num_speculative_tokens: int
     depth: int = _DEFAULT_DEPTH
     top_k: int = _DEFAULT_TOP_K
+    verify_budget: int | None = _DEFAULT_VERIFY_BUDGET
 
     def __post_init__(self) -> None:
-        for name in ("num_speculative_tokens", "depth", "top_k"):
+        for name in ("num_speculative_tokens", *_KEYS):
             value = getattr(self, name)
+            if name == "verify_budget" and value is None:
+                continue
             # bool is an int to Python, and `"depth": true` is a mistake worth naming.
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{_path(name)} must be an integer of at least 1, got {value!r}")
@@ -53,11 +62,17 @@ class TreeConfig:
                 f"depth={self.depth} and top_k={self.top_k} can make "
                 f"({self.num_candidates} nodes): lower it, or raise tree.depth or tree.top_k"
             )
+        if self.verify_budget is not None and self.verify_budget < self.num_nodes:
+            raise ValueError(
+                f"tree.verify_budget={self.verify_budget} is less than one tree of "
+                f"num_speculative_tokens={self.num_speculative_tokens} and its root: raise it to "
+                f"{self.num_nodes}, or lower num_speculative_tokens"
+            )
         if self.num_expanded > MAX_EXPANDED:
             raise ValueError(
                 f"tree.depth={self.depth} and tree.top_k={self.top_k} expand "
                 f"(depth - 1) * top_k = {self.num_expanded} nodes, more than {MAX_EXPANDED}: "
-                f"lower tree.depth or tree.top_k"
+                "lower tree.depth or tree.top_k"
             )
 
     @classmethod
@@ -65,8 +80,8 @@ class TreeConfig:
         """Read the ``tree`` key of a speculative config.
 
         Args:
-            tree: ``{"depth": int, "top_k": int}``, either key optional, or ``True`` for
-                the defaults.
+            tree: ``{"depth": int, "top_k": int, "verify_budget": int or None}``, each key
+                optional, or ``True`` for the defaults.
             num_speculative_tokens: the key of that name beside ``tree``.
 
         Raises:
@@ -83,7 +98,7 @@ class TreeConfig:
         unknown = sorted(map(repr, set(tree) - set(_KEYS)))
         if unknown:
             raise ValueError(
-                f"unknown key {', '.join(unknown)} in tree: use {' and '.join(_KEYS)}"
+                f"unknown key {', '.join(unknown)} in tree: use {', '.join(_KEYS)}"
                 " (the number of nodes is num_speculative_tokens)"
             )
         return cls(num_speculative_tokens, **tree)
@@ -112,6 +127,30 @@ class TreeConfig:
         """Nodes the draft runs a forward over: (D - 1) * K."""
         return (self.depth - 1) * self.top_k
 
+    def tiers(self) -> list[tuple[int, int, int]]:
+        """``(first, last, draft tokens)``: the tree's size by the number of running requests.
+
+        The budget is shared out in powers of two, so that few sizes are captured in graphs.
+        Smaller trees are the best nodes of the whole one: every prefix of it is a tree.
+        """
+        tiers, first, rows = [], 1, self.num_nodes
+        while self.verify_budget is not None and rows > _SMALLEST_TIER:
+            last = self.verify_budget // rows
+            if last >= first:
+                tiers.append((first, last, rows - 1))
+                first = last + 1
+            rows = 1 << ((rows - 1).bit_length() - 1)
+        return [*tiers, (first, _ANY_NUMBER, rows - 1)]
+
+    def depth_of(self, num_drafts: int) -> int:
+        """Levels worth expanding for a tree of so many nodes below the root.
+
+        The whole tree has the depth that was asked for; each halving costs a level.
+        """
+        if num_drafts >= self.num_speculative_tokens:
+            return self.depth
+        return max(1, min(self.depth, num_drafts.bit_length() + 1, num_drafts))
+
     def check_draft_vocabulary(self, draft_vocab_size: int) -> None:
         """Raise ``ValueError`` if a node cannot have ``top_k`` different children."""
         if self.top_k > draft_vocab_size:
@@ -120,9 +159,9 @@ class TreeConfig:
                 f"{draft_vocab_size} tokens: lower tree.top_k"
             )
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, int | None]:
         """The ``tree`` key that :meth:`from_dict` reads."""
-        return {"depth": self.depth, "top_k": self.top_k}
+        return {name: getattr(self, name) for name in _KEYS}
 
 
 def _path(name: str) -> str:

@@ -8,7 +8,6 @@ from tests.bench.chat import write_tokenizer
 from tests.bench.results_of_speed import wave
 from tests.engine import tiny
 from vllm_eagle3.bench import comparison, speed
-from vllm_eagle3.bench.comparison import capture_sizes
 from vllm_eagle3.bench.jobs import WorkerError
 
 READY = {
@@ -141,14 +140,14 @@ def test_those_that_fail_leave_the_others(parse, engines, capsys):
     assert "`chain-7` failed" in capsys.readouterr().out
 
 
-def test_engines_get_the_same_budget_and_graphs_for_the_batches(parse, engines, tmp_path):
+def test_engines_get_the_same_settings(parse, engines, tmp_path):
     args = parse(
         f"--chain 3 --tree 16 --batch 2 --temperature 0 --repeats 1 --max-tokens 20 --profile 2"
         f" --compile-cache {tmp_path / 'cache'} --engine" + ' {"block_size":32}'
     )
     assert speed.run(args) == 0
     plain, chain, tree = (engine.settings for engine in engines.made)
-    special = {"speculative_config", "compilation_config"}
+    special = {"speculative_config"}
     for settings in (chain, tree):
         assert {k: v for k, v in settings.items() if k not in special} == {
             k: v for k, v in plain.items() if k not in special
@@ -157,8 +156,6 @@ def test_engines_get_the_same_budget_and_graphs_for_the_batches(parse, engines, 
     assert plain["block_size"] == 32
     assert plain["max_num_seqs"] == 2
     assert plain["profiler_config"]["max_iterations"] == 30
-    assert chain["compilation_config"] == {"cudagraph_capture_sizes": [1, 2, 4, 8]}
-    assert tree["compilation_config"] == {"cudagraph_capture_sizes": [1, 2, 17, 34]}
     folders = [engine.environment["VLLM_CACHE_ROOT"] for engine in engines.made]
     assert len(set(folders)) == 3
 
@@ -188,11 +185,6 @@ def test_engines_without_graphs_are_told(parse, engines, monkeypatch, told, note
     args = parse("--chain 3 --tree 8 --batch 1 --temperature 0 --repeats 1")
     assert speed.run(args) == 0
     assert any(note in text for text in read(args)["notes"])
-
-
-def test_graphs_of_large_batches():
-    assert capture_sizes(20, 1) == [1, 2, 4, 8, 16, 20]
-    assert capture_sizes(20, 8)[-3:] == [64, 128, 160]
 
 
 def test_a_spent_budget_writes_what_there_is(parse, engines, monkeypatch):

@@ -149,8 +149,9 @@ def chain(pair: Pair, num_drafts: int, **extra: Any) -> dict[str, Any]:
 
 
 def tree(pair: Pair, num_drafts: int, depth: int, top_k: int, **extra: Any) -> dict[str, Any]:
-    """The speculative config of a tree."""
-    return {**chain(pair, num_drafts, **extra), "tree": {"depth": depth, "top_k": top_k}}
+    """The speculative config of a tree of one size in every batch."""
+    shape = {"depth": depth, "top_k": top_k, "verify_budget": None}
+    return {**chain(pair, num_drafts, **extra), "tree": shape}
 
 
 def sampling(max_tokens: int, **settings: Any) -> Any:

@@ -18,13 +18,23 @@ from tests.engine.engines import Engine
 class Graphs:
     """An engine whose decoding steps replay graphs, from here on to the end of the test.
 
+    Args:
+        num_reqs: batch sizes of the graphs.
+        rows: rows of a request, where vLLM's schedule has several sizes of trees.
+
     Attributes:
         replays: number of replays by ``(what, requests of the graph)``; ``what`` is
             ``"target"``, ``"round"`` (draft prefill and growth) or ``"growth"``.
         padded: of those of the target, how many had fewer requests than the graph.
     """
 
-    def __init__(self, engine: Engine, monkeypatch: Any, num_reqs: list[int]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        monkeypatch: Any,
+        num_reqs: list[int],
+        rows: list[int] | None = None,
+    ) -> None:
         from vllm.config import CUDAGraphMode
         from vllm.v1.worker.gpu import cudagraph_utils
 
@@ -36,9 +46,9 @@ class Graphs:
         self._speculator = speculator = runner.speculator
         self._what = "target"
 
-        rows = runner.decode_query_len
+        query_len = runner.decode_query_len
         compilation = runner.vllm_config.compilation_config
-        sizes = sorted({*num_reqs, *(n * rows for n in num_reqs)})
+        sizes = sorted({*num_reqs, *(n * r for n in num_reqs for r in rows or [query_len])})
         monkeypatch.setattr(compilation, "cudagraph_mode", mode)
         monkeypatch.setattr(compilation, "cudagraph_capture_sizes", sizes)
         monkeypatch.setattr(compilation, "max_cudagraph_capture_size", sizes[-1])
@@ -54,7 +64,7 @@ class Graphs:
             runner,
             "cudagraph_manager",
             cudagraph_utils.ModelCudaGraphManager(
-                runner.vllm_config, runner.device, mode, decode_query_len=rows
+                runner.vllm_config, runner.device, mode, decode_query_len=query_len
             ),
         )
         for name in ("prefill_cudagraph_manager", "decode_cudagraph_manager"):

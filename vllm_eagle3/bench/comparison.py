@@ -31,13 +31,11 @@ class Settings:
     Attributes:
         engine: arguments of ``LLM`` beside those of a configuration.
         head: the draft's checkpoint.
-        capture: whether CUDA graphs are captured for the batches and not as vLLM chooses.
         folder: receives logs and traces.
     """
 
     engine: dict[str, Any]
     head: str
-    capture: bool
     folder: Path
     compile_cache: Path | None
     repeats: int
@@ -96,7 +94,6 @@ class Settings:
         return cls(
             engine={**engine, **args.engine},
             head=args.head,
-            capture=args.capture == "batches" and not args.enforce_eager,
             folder=_folder(args),
             compile_cache=args.compile_cache,
             repeats=args.repeats,
@@ -114,10 +111,6 @@ class Settings:
         """All arguments of a configuration's ``LLM``."""
         settings = dict(self.engine)
         settings["speculative_config"] = configuration.speculative_config(self.head)
-        if self.capture:
-            rows = 1 + (configuration.num_speculative_tokens or 0)
-            compilation = {"cudagraph_capture_sizes": capture_sizes(settings["max_num_seqs"], rows)}
-            settings["compilation_config"] = compilation | settings.get("compilation_config", {})
         return settings
 
     @property
@@ -128,16 +121,6 @@ class Settings:
 
 def _folder(args: argparse.Namespace) -> Path:
     return args.output.with_suffix(".logs")
-
-
-def capture_sizes(max_num_seqs: int, rows: int) -> list[int]:
-    """Tokens of the CUDA graphs: vLLM's own grid of batch sizes, by one row and by ``rows``.
-
-    vLLM's default stops at 512 tokens, which leaves large batches of trees without graphs.
-    """
-    requests = {1, 2, 4, *range(8, max_num_seqs + 1, 8), max_num_seqs}
-    requests = {count for count in requests if count <= max_num_seqs}
-    return sorted(requests | {count * rows for count in requests})
 
 
 class Comparison:

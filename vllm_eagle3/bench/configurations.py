@@ -1,7 +1,7 @@
 """The engine configurations that a benchmark compares."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -23,7 +23,7 @@ class Configuration:
 
     name: str
     num_speculative_tokens: int | None = None
-    tree: dict[str, int] | bool | None = None
+    tree: dict[str, int | None] | bool | None = None
 
     def speculative_config(self, head: str) -> dict[str, Any] | None:
         """What a user would pass to ``LLM(speculative_config=...)``."""
@@ -39,7 +39,7 @@ class Configuration:
         return config
 
     @property
-    def shape(self) -> dict[str, int] | None:
+    def shape(self) -> dict[str, int | None] | None:
         """Depth and top-k of the tree; None for the others."""
         if self.tree is None:
             return None
@@ -63,20 +63,31 @@ def chain(num_speculative_tokens: int) -> Configuration:
 def tree(
     num_speculative_tokens: int, depth: int | None = None, top_k: int | None = None
 ) -> Configuration:
-    """A draft tree; without ``depth`` and ``top_k`` of the default shape.
+    """A draft tree of one size in every batch.
+
+    Args:
+        depth, top_k: of the default shape where not given.
 
     Raises:
         ValueError: a shape that no tree can have.
     """
-    shape = {key: value for key, value in (("depth", depth), ("top_k", top_k)) if value is not None}
-    TreeConfig.from_dict(shape or True, num_speculative_tokens)
-    return Configuration(
-        f"tree-{num_speculative_tokens}", num_speculative_tokens, tree=shape or True
-    )
+    shape = _shape(depth, top_k)
+    if not shape:
+        shape = TreeConfig.from_dict(True, num_speculative_tokens).to_dict()
+    shape["verify_budget"] = None
+    TreeConfig.from_dict(shape, num_speculative_tokens)
+    return Configuration(f"tree-{num_speculative_tokens}", num_speculative_tokens, tree=shape)
+
+
+def _shape(*sizes: int | None) -> dict[str, int | None]:
+    names = ("depth", "top_k")
+    return {name: n for name, n in zip(names, sizes, strict=False) if n is not None}
 
 
 def parse_tree(text: str) -> Configuration:
     """A tree as the command line names it: ``N``, or ``N/D/K`` with depth and top-k.
+
+    As a server has it: smaller where more requests share the default verification budget.
 
     Raises:
         ValueError: another form, or a shape that no tree can have.
@@ -87,8 +98,10 @@ def parse_tree(text: str) -> Configuration:
             f"--tree {text}: give the number of draft tokens, as in 31, or also depth and"
             " top-k, as in 31/6/8"
         )
-    configuration = tree(*map(int, sizes))
-    return replace(configuration, name="tree-" + "-".join(sizes))
+    nodes, *shape = map(int, sizes)
+    tree = _shape(*shape) or True
+    TreeConfig.from_dict(tree, nodes)
+    return Configuration("tree-" + "-".join(sizes), nodes, tree=tree)
 
 
 def check_plugin(configurations: Sequence[Configuration]) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.bench import target
-from vllm_eagle3.bench.comparison import capture_sizes
 from vllm_eagle3.bench.configurations import Configuration, check_plugin
 from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.llm import kv_bytes_per_token
@@ -146,7 +145,6 @@ def _server(
     on_cpu = not torch.cuda.is_available()
     dtype = args.dtype or ("float32" if on_cpu else "auto")
     requests = max(args.concurrency)
-    rows = 1 + (configuration.num_speculative_tokens or 0)
     tokens = (requests + 1) * args.max_model_len
     options: dict[str, Any] = {
         "speculative_config": configuration.speculative_config(args.head),
@@ -161,8 +159,6 @@ def _server(
     }
     if on_cpu:
         options["enforce_eager"] = True
-    else:
-        options["compilation_config"] = {"cudagraph_capture_sizes": capture_sizes(requests, rows)}
     environment = {}
     if args.compile_cache:
         environment["VLLM_CACHE_ROOT"] = str(args.compile_cache.resolve() / configuration.name)

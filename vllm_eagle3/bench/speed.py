@@ -45,12 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
     add("--engines-at-once", type=int, default=6, help="more go in rounds, with anchors")
     add("--max-num-batched-tokens", type=int, default=8192)
-    add(
-        "--capture",
-        choices=["batches", "vllm"],
-        default="batches",
-        help="CUDA graphs for 1, 2, 4, 8, 16, 24... requests (default), or vLLM's own choice",
-    )
     add("--enforce-eager", action="store_true", help="without CUDA graphs: no fair comparison")
     add("--engine", type=json.loads, default={}, help="further arguments of LLM, a JSON object")
     add("--profile", nargs="*", type=int, default=[], help="batch sizes of which steps are split")

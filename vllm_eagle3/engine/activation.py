@@ -17,6 +17,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 # vLLM's `additional_config` is an official free-form field and pickles to every worker.
 TRANSPORT_KEY = "eagle3_tree"
+_BUDGET = "verify_budget"
+_SCHEDULE = "num_speculative_tokens_per_batch_size"
 # On the speculative config itself, which is all that vLLM's check of a request sees.
 _TREE_MARK = "_eagle3_tree"
 
@@ -45,6 +47,7 @@ def create_engine_config(
             speculative.setdefault("num_speculative_tokens", DEFAULT_NUM_SPECULATIVE_TOKENS)
         nodes = speculative.get("num_speculative_tokens", args.spec_tokens)
         config = TreeConfig.from_dict(tree, nodes)
+        _set_tiers(speculative, config, is_asked_for=bool(tree is not True and tree.get(_BUDGET)))
         args.additional_config = {**args.additional_config, TRANSPORT_KEY: config.to_dict()}
     if args.speculative_config:
         args.speculative_config = speculative
@@ -54,6 +57,19 @@ def create_engine_config(
         support.check(vllm_config, config)
         setattr(vllm_config.speculative_config, _TREE_MARK, True)
     return vllm_config
+
+
+def _set_tiers(speculative: dict[str, Any], config: TreeConfig, is_asked_for: bool) -> None:
+    """Let vLLM shrink the trees as requests become more, unless the user says how."""
+    if speculative.get(_SCHEDULE) is None:
+        tiers = config.tiers()
+        if len(tiers) > 1:
+            speculative[_SCHEDULE] = [list(tier) for tier in tiers]
+    elif is_asked_for:
+        raise ValueError(
+            f"tree.{_BUDGET} and {_SCHEDULE} both say how trees shrink with the number of"
+            " requests: give one of them"
+        )
 
 
 def validate_spec_decode(

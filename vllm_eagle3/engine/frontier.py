@@ -8,6 +8,7 @@ import copy
 
 import torch
 
+from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.engine.tree_batch import TreeRows
 from vllm_eagle3.tree.types import GrowthBuffers
@@ -106,7 +107,8 @@ class Frontier:
         """
         rows_M = growth.frontier_row_BK[:num_reqs].flatten()
         states_MH = self._states[level % 2][: rows_M.shape[0]]
-        return torch.index_select(source, 0, rows_M, out=states_MH)
+        ops.fuse_features([source], rows_M, [], 0.0, states_MH)
+        return states_MH
 
     def rows(self, reqs: slice, max_prefix_len: int) -> TreeRows:
         """The attention rows of the first level; :meth:`advance` moves them on."""

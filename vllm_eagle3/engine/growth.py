@@ -93,10 +93,20 @@ class TreeGrowth(EagleSpeculator):
         )
         self._expand(self.frontier.growth, slice(0, num_reqs), self._root_logits_BV, level=1)
         if self._captures_round and cudagraph_runtime_mode == CUDAGraphMode.NONE:
-            self._generate_draft(num_reqs, num_reqs, attn_metadata)
+            # Of the size that the graph's own steps verify; the next step's is rarely another.
+            num_drafts = max(1, num_tokens // num_reqs - 1)
+            self._generate_draft(
+                num_reqs, num_reqs, attn_metadata, num_speculative_steps=num_drafts
+            )
 
     def _multi_step_decode(
-        self, num_reqs: int, skip_attn: bool, batch_desc: Any, *args: Any, **kwargs: Any
+        self,
+        num_reqs: int,
+        skip_attn: bool,
+        batch_desc: Any,
+        num_tokens_across_dp: torch.Tensor | None,
+        seq_lens_cpu_upper_bound: torch.Tensor,
+        num_speculative_steps: int,
     ) -> None:
         """In place of vLLM's loop over single tokens."""
         if self._grown_with_prefill:
@@ -104,7 +114,10 @@ class TreeGrowth(EagleSpeculator):
         if batch_desc.cg_mode == CUDAGraphMode.FULL:
             self.decode_cudagraph_manager.run_fullgraph(batch_desc)
         else:
-            self._generate_draft(num_reqs, num_reqs, None if skip_attn else {})
+            metadata = None if skip_attn else {}
+            self._generate_draft(
+                num_reqs, num_reqs, metadata, num_speculative_steps=num_speculative_steps
+            )
 
     def _generate_draft(
         self,
@@ -112,6 +125,7 @@ class TreeGrowth(EagleSpeculator):
         num_rows: int,
         attn_metadata: dict[str, Any] | None,
         *args: Any,
+        num_speculative_steps: int,
         **kwargs: Any,
     ) -> None:
         """Grow the trees of the batch from their first level, and publish them.
@@ -122,23 +136,25 @@ class TreeGrowth(EagleSpeculator):
             num_reqs: requests, padded ones included.
             attn_metadata: None in vLLM's profiling run, which has no KV cache; its content,
                 of a chain's step, is not used.
+            num_speculative_steps: nodes of a tree that will be verified.
         """
+        depth = self.config.depth_of(num_speculative_steps)
         for reqs in self.frontier.batches(num_reqs):
             growth = self.frontier.grown(reqs)
-            self._grow(growth, reqs, has_cache=attn_metadata is not None)
-            self._publish(growth, reqs, level=self.config.depth)
+            self._grow(growth, reqs, depth, has_cache=attn_metadata is not None)
+            self._publish(growth, reqs, level=depth)
 
     def _publish(self, growth: GrowthBuffers, reqs: slice, level: int) -> None:
         """Make trees of the candidates offered up to a level."""
         raise NotImplementedError
 
-    def _grow(self, growth: GrowthBuffers, reqs: slice, has_cache: bool) -> None:
+    def _grow(self, growth: GrowthBuffers, reqs: slice, depth: int, has_cache: bool) -> None:
         """Expand level by level: one forward over the frontier of all requests for each."""
         frontier = self.frontier
         num_reqs = reqs.stop - reqs.start
         metadata = self._level_metadata(reqs) if has_cache else None
         states = self.hidden_states  # of the roots, which level 1 counts through the batch
-        for level in range(1, self.config.depth):
+        for level in range(1, depth):
             inputs = frontier.gather_states(growth, states, num_reqs, level)
             if metadata is not None:
                 frontier.advance(metadata.tree, level)

@@ -102,6 +102,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "num_speculative_steps",
             "propose",
             "sample_draft",
+            "speculative_config",
             "supports_decode_metadata_update",
             "supports_mm_inputs",
             "vllm_config",

@@ -68,6 +68,7 @@ CONFIGURATION: tuple[str, ...] = (
         "kv_cache_dtype",
         "method",
         "num_speculative_tokens",
+        "num_speculative_tokens_per_batch_size",
         "parallel_drafting",
         "rejection_sample_method",
         "use_local_argmax_reduction",

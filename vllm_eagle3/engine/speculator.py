@@ -168,6 +168,10 @@ class TreeSpeculator(TreeGrowth):
         """
         if self.device.type == "cpu":
             return
-        rows = min(self.max_num_reqs * self.config.num_nodes, self.max_num_tokens)
+        tiers = self.speculative_config.num_speculative_tokens_per_batch_size or [
+            (1, self.max_num_reqs, self.num_speculative_steps)
+        ]
+        rows = max(min(last, self.max_num_reqs) * (drafts + 1) for _, last, drafts in tiers)
+        rows = min(rows, self.max_num_tokens)
         vocabulary = self.vllm_config.model_config.get_vocab_size()
         torch.empty(rows, vocabulary, dtype=self.dtype, device=self.device)
