@@ -30,7 +30,7 @@ def main() -> None:
         speculative_config={
             "method": "eagle3",
             "model": head,
-            "num_speculative_tokens": 32,
+            "num_speculative_tokens": 31,
             "tree": {"depth": 6, "top_k": 8},  # without this line: vLLM's chain
         },
     )

@@ -10,6 +10,6 @@ target=$1 head=$2
 exec vllm serve "$target" --served-model-name target --speculative-config "{
   \"method\": \"eagle3\",
   \"model\": \"$head\",
-  \"num_speculative_tokens\": 32,
+  \"num_speculative_tokens\": 31,
   \"tree\": {\"depth\": 6, \"top_k\": 8}
 }" "${@:3}"

@@ -22,4 +22,4 @@ vllm-eagle3 data synth --target "$target" --out "$head-data" --tokens 20000000 -
 vllm-eagle3 train --target "$target" --data "$head-data" --out "$head" --epochs 200 --minutes 8
 
 vllm serve "$target" --speculative-config \
-  "{\"method\": \"eagle3\", \"model\": \"$head\", \"num_speculative_tokens\": 32, \"tree\": true}"
+  "{\"method\": \"eagle3\", \"model\": \"$head\", \"num_speculative_tokens\": 31, \"tree\": true}"
