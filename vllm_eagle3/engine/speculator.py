@@ -113,14 +113,13 @@ class TreeSpeculator(TreeGrowth):
         rows_T = None
         if batch.num_draft_tokens and not dummy_run:
             rows_T = self._commit(batch, num_rows)
-        if (
-            type(self.model).combine_hidden_states
-            is not Eagle3LlamaForCausalLM.combine_hidden_states
-        ):
+        head = self.model.model
+        combine = type(self.model).combine_hidden_states
+        is_stock = combine is Eagle3LlamaForCausalLM.combine_hidden_states
+        if not is_stock or (head.fc_norm and head.norm_before_fc):
             if rows_T is not None:
                 aux_hidden_states = [states[rows_T] for states in aux_hidden_states]
             return self.model.combine_hidden_states(torch.cat(aux_hidden_states, dim=-1))
-        head = self.model.model
         norms = head.fc_norm or ([head.input_norm] if head.norm_before_fc else [])
         fused_TF = aux_hidden_states[0].new_empty(num_rows, hidden_size * len(aux_hidden_states))
         ops.fuse_features(
