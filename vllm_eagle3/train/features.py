@@ -1,28 +1,58 @@
 """What the target says about a batch: captured states and logits, computed on the fly."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from vllm_eagle3.train.data import TokenBatch
-from vllm_eagle3.train.ttt import TTTBatch
 
 _CHUNK_ROWS = 4096
+
+
+@dataclass
+class FeatureBatch:
+    """Documents, right-padded, with the states of the target that a head takes.
+
+    Attributes:
+        tokens_BT: int64 token ids.
+        assistant_BT: bool, tokens that the assistant wrote; False on padding.
+        features_BTF: captured states, low, mid, high; of a head that captures none the
+            target's last hidden state, after its final norm (F = H).
+    """
+
+    tokens_BT: torch.Tensor
+    assistant_BT: torch.Tensor
+    features_BTF: torch.Tensor
+
+
+@dataclass
+class TTTBatch(FeatureBatch):
+    """And with what the target predicts.
+
+    Attributes:
+        target_logits_BTV: row p holds the target's logits of token p+1 over the draft
+            vocabulary.
+        covered_BT: bool, the target's most likely token p+1 is in the draft vocabulary.
+    """
+
+    target_logits_BTV: torch.Tensor
+    covered_BT: torch.Tensor
 
 
 class Target:
     """A frozen Llama, run in the training process."""
 
-    def __init__(self, model: nn.Module, aux_layer_ids: tuple[int, int, int]) -> None:
+    def __init__(self, model: nn.Module, aux_layer_ids: tuple[int, ...]) -> None:
+        """``aux_layer_ids``: layers entered; the number of layers is the last one's output."""
         self.model = model.requires_grad_(False).eval()
         self.aux_layer_ids = aux_layer_ids
         self._captured: dict[int, torch.Tensor] = {}
+        entered = [*self.model.model.layers, self.model.model.norm]
         for layer_id in aux_layer_ids:
             # A hook on the layer *entered* sees exactly vLLM's capture (residual added).
-            self.model.model.layers[layer_id].register_forward_pre_hook(
-                self._capture(layer_id), with_kwargs=True
-            )
+            entered[layer_id].register_forward_pre_hook(self._capture(layer_id), with_kwargs=True)
 
     @property
     def config(self):
@@ -55,14 +85,13 @@ class Target:
 
     @torch.no_grad()
     def read(self, batch: TokenBatch, draft_token_ids: torch.Tensor, t2d: torch.Tensor) -> TTTBatch:
-        """Run the target over ``batch``.
+        """Run the target over ``batch``: captured states and logits.
 
         Args:
             draft_token_ids: int64 [V], the draft vocabulary.
             t2d: bool [vocab], membership in it.
         """
-        # Right-padded and causal: without a mask Transformers takes its fast causal kernel.
-        hidden_BTH = self.model.model(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
+        hidden_BTH = self._run(batch)
         features = [self._captured.pop(layer_id) for layer_id in self.aux_layer_ids]
         hidden_PH = hidden_BTH.flatten(0, 1)
         logits_PV = hidden_PH.new_empty(len(hidden_PH), len(draft_token_ids))
@@ -80,6 +109,20 @@ class Target:
             target_logits_BTV=logits_PV.view(*shape, -1),
             covered_BT=covered_P.view(shape),
         )
+
+    @torch.no_grad()
+    def read_last_hidden(self, batch: TokenBatch) -> FeatureBatch:
+        """Run the target over ``batch``: its last hidden state, after the final norm.
+
+        The target's logits are ``output_matrix`` times it.
+        """
+        hidden_BTH = self._run(batch)
+        self._captured.clear()
+        return FeatureBatch(batch.tokens_BT, batch.assistant_BT, hidden_BTH)
+
+    def _run(self, batch: TokenBatch) -> torch.Tensor:
+        # Right-padded and causal: without a mask Transformers takes its fast causal kernel.
+        return self.model.model(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
 
     def _capture(self, layer_id: int):
         def hook(_layer: nn.Module, args: tuple, kwargs: dict) -> None:

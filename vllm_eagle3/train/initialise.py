@@ -2,21 +2,29 @@
 
 import torch
 
-from vllm_eagle3.train.features import Target
-from vllm_eagle3.train.model import Eagle3Head
-from vllm_eagle3.train.ttt import TTTBatch
+from vllm_eagle3.train.features import FeatureBatch, Target
+from vllm_eagle3.train.model import DraftHead, Eagle3Head
 
 _STD = 0.02
 
 
 @torch.no_grad()
-def initialise(head: Eagle3Head, target: Target, sample: TTTBatch) -> None:
+def initialise_eagle3(head: Eagle3Head, target: Target, sample: FeatureBatch) -> None:
     """Random layer; the output matrix and its norm start as the target's.
 
     The scale of every captured channel is taken from the assistant's tokens of ``sample``.
     The first token of a document is no guide: its state is an attention sink, hundreds of
     times larger than all others.
     """
+    initialise_layer(head)
+    head.lm_head.weight.copy_(target.output_matrix[head.draft_token_ids])
+    head.norm.weight.copy_(target.final_norm)
+    features_MF = sample.features_BTF[sample.assistant_BT]
+    head.feature_scale_F.copy_(channel_scale(head.fc_inputs(features_MF)))
+
+
+def initialise_layer(head: DraftHead) -> None:
+    """Small random matrices, norms of weight one, and an ``fc`` that keeps the size of inputs."""
     for name, weight in head.named_parameters():
         if weight.dim() == 2:
             torch.nn.init.normal_(weight, std=_STD)
@@ -24,8 +32,12 @@ def initialise(head: Eagle3Head, target: Target, sample: TTTBatch) -> None:
             torch.nn.init.ones_(weight)
     # Scaled features have size one in every channel: so has h with this deviation.
     torch.nn.init.normal_(head.fc.weight, std=head.fc.in_features**-0.5)
-    head.lm_head.weight.copy_(target.output_matrix[head.draft_token_ids])
-    head.norm.weight.copy_(target.final_norm)
-    features_MF = sample.features_BTF[sample.assistant_BT].float()
-    size_F = features_MF.square().mean(0).sqrt()
-    head.feature_scale_F.copy_(1 / size_F.clamp(min=1e-3 * size_F.mean().clamp(min=1e-6)))
+
+
+def channel_scale(inputs_MF: torch.Tensor) -> torch.Tensor:
+    """One over the root mean square of each channel, float32 [F]; bounded for dead channels."""
+    size_F = inputs_MF.float().square().mean(0).sqrt()
+    return 1 / size_F.clamp(min=1e-3 * size_F.mean().clamp(min=1e-6))
+
+
+initialise = initialise_eagle3  # its former name

@@ -1,0 +1,93 @@
+"""What shapes a head: its sizes, the states it reads and its norms."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """A head; the sizes of its attention and its MLP follow the target's.
+
+    Attributes:
+        aux_layer_ids: captured states that ``fc`` fuses, counted as the layer *entered*;
+            empty for a head that reads the target's last hidden state.
+        fc_norm: an RMSNorm for each captured state before ``fc`` (EAGLE-3.1).
+        norm_output: the state after the final norm is fed back (EAGLE-3.1).
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+    aux_layer_ids: tuple[int, ...]
+    fc_norm: bool = False
+    norm_output: bool = False
+
+    @classmethod
+    def from_target(
+        cls,
+        target: Any,
+        draft_vocab_size: int,
+        aux_layer_ids: tuple[int, ...] | None = None,
+        fc_norm: bool = False,
+        norm_output: bool = False,
+    ) -> Self:
+        """Read a Transformers ``LlamaConfig``.
+
+        Args:
+            aux_layer_ids: as the attribute; None for EAGLE-3's three.
+
+        Raises:
+            ValueError: the target is too shallow for three captures, its rotary embedding
+                is scaled, or the draft vocabulary does not fit into its vocabulary.
+        """
+        rope = getattr(target, "rope_parameters", None) or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"the target's rotary embedding is of type {rope['rope_type']!r}: only heads "
+                "for targets with plain rotary embeddings can be trained"
+            )
+        if not 1 <= draft_vocab_size <= target.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size={draft_vocab_size} must be between 1 and the target's "
+                f"vocabulary of {target.vocab_size}"
+            )
+        if aux_layer_ids is None:
+            aux_layer_ids = captured_layers(target.num_hidden_layers)
+        heads = target.num_attention_heads
+        return cls(
+            hidden_size=target.hidden_size,
+            intermediate_size=target.intermediate_size,
+            num_heads=heads,
+            num_kv_heads=target.num_key_value_heads,
+            head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
+            vocab_size=target.vocab_size,
+            draft_vocab_size=draft_vocab_size,
+            rope_theta=float(rope.get("rope_theta") or target.rope_theta),
+            rms_norm_eps=target.rms_norm_eps,
+            max_position_embeddings=target.max_position_embeddings,
+            aux_layer_ids=aux_layer_ids,
+            fc_norm=fc_norm,
+            norm_output=norm_output,
+        )
+
+
+def captured_layers(num_layers: int) -> tuple[int, int, int]:
+    """Ids of the captured states, counted as the layer *entered*: 2, L//2, L-3.
+
+    State i is the residual stream before layer i, hence ``hidden_states[i]`` of a
+    Transformers model and ``aux_hidden_state_layers`` of a vLLM model.
+    """
+    layers = 2, num_layers // 2, num_layers - 3
+    if not 0 < layers[0] < layers[1] < layers[2]:
+        raise ValueError(
+            f"a target of {num_layers} layers has no three different states to capture at "
+            "2, L//2 and L-3: it needs at least 8 layers"
+        )
+    return layers

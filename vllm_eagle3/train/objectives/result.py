@@ -1,0 +1,52 @@
+"""What an objective is told, and what it answers."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What is free in a loss. Each objective has its paper's as ``Objective.settings``.
+
+    Attributes:
+        num_steps: draft steps K that are trained through (training-time test, or HASS's
+            aligned forwards) and measured.
+        decay: weight of a step's loss relative to that of the step before; 0 trains the
+            first step alone and only measures the others.
+        attention: ``"flash"`` or ``"math"``.
+        token_weight: of the cross-entropy beside the feature regression (EAGLE-1, HASS).
+        feature_noise: half width of the uniform noise on the target's features while
+            training (EAGLE-1, HASS).
+        top_k, top_k_weight: tokens and weight of HASS's top-K distillation.
+    """
+
+    num_steps: int = 7
+    decay: float = 0.8
+    attention: str = "flash"
+    token_weight: float = 0.1
+    feature_noise: float = 0.0
+    top_k: int = 10
+    top_k_weight: float = 0.0
+
+
+@dataclass
+class LossResult:
+    """Loss with its gradient, and measures without.
+
+    Attributes:
+        loss: scalar, sum of decay^k loss_k.
+        losses_K: float32, detached.
+        accuracy_K: float32, how often the draft's and the target's most likely tokens
+            agree, over counted slots.
+        accepted_K: float32, how often the drafts of steps 0..k all equal the document:
+            1 + sum = tokens for each target forward of a greedy chain of K.
+        parts: what losses_K consists of, by name, each float32 [K] before its weight; empty
+            where there is one part.
+    """
+
+    loss: torch.Tensor
+    losses_K: torch.Tensor
+    accuracy_K: torch.Tensor
+    accepted_K: torch.Tensor
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
