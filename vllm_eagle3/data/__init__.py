@@ -1,0 +1,1 @@
+"""Conversations as data: their formats, their loss masks, what they repeat and resemble."""
