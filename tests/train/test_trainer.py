@@ -16,7 +16,13 @@ from vllm_eagle3.train.model import HeadConfig, captured_layers
 from vllm_eagle3.train.trainer import TrainConfig, train
 from vllm_eagle3.train.ttt import ttt_loss
 
-CONFIG = {"draft_vocab_size": 80, "batch_tokens": 512, "num_ttt_steps": 3, "learning_rate": 3e-3}
+CONFIG = {
+    "draft_vocab_size": 80,
+    "batch_tokens": 512,
+    "num_ttt_steps": 3,
+    "learning_rate": 3e-3,
+    "eval_documents": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +64,10 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
     whole = run(tmp_path / "whole")
     optimise = trainer._Trainer._optimise
 
-    def killed_at_the_fourth_step(self, batch, progress):
+    def killed_at_the_fourth_step(self, batches, progress):
         if self.step == 3:
             raise KeyboardInterrupt
-        return optimise(self, batch, progress)
+        return optimise(self, batches, progress)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer._Trainer, "_optimise", killed_at_the_fourth_step)

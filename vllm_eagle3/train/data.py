@@ -47,6 +47,20 @@ def split_held_out(
     return [documents[i] for i in order[num_held_out:]], held_out
 
 
+def check_tokens(documents: Sequence[Document], vocab_size: int) -> None:
+    """Refuse data that another target's tokenizer wrote.
+
+    Raises:
+        ValueError: a token id is outside of the target's vocabulary.
+    """
+    highest = max(int(document.tokens.max(initial=0)) for document in documents)
+    if highest >= vocab_size:
+        raise ValueError(
+            f"the data holds token {highest}, the target's vocabulary ends at {vocab_size - 1}: "
+            "it was written for another target"
+        )
+
+
 def epoch_batches(
     documents: Sequence[Document], batch_tokens: int, max_length: int, seed: int
 ) -> Iterator[TokenBatch]:

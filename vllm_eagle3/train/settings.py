@@ -5,6 +5,13 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from vllm_eagle3.config import DEFAULT_NUM_SPECULATIVE_TOKENS, TreeConfig
+
+_AT_LEAST_ONE = (
+    *("draft_vocab_size", "batch_tokens", "accumulate", "max_length", "epochs"),
+    *("log_every", "eval_every", "save_every", "eval_batches", "eval_chain"),
+)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -16,19 +23,31 @@ class TrainConfig:
 
     Attributes:
         draft_vocab_size: tokens that the head can predict.
-        batch_tokens: tokens of an optimiser step, padding included.
+        batch_tokens: tokens of an optimiser step, padding included, over all processes and
+            all parts of an accumulated step: the recipe stays the same on more GPUs.
+        accumulate: parts that an optimiser step is read in; more of them need less memory.
         max_length: longer documents are cut.
         epochs: passes over the data, at most.
         steps: optimiser steps, at most; None for no limit.
         minutes: wall-clock limit; the schedule ends with it. None for no limit.
         learning_rate: peak, after ``warmup`` (share of the run), cosine to a tenth.
-        num_ttt_steps, ttt_decay: K and the decay of algorithm `ttt`.
+        objective: which head, and what it is trained by; a name of ``objectives.OBJECTIVES``.
+        num_ttt_steps, ttt_decay: draft steps that are trained through, and the weight of one
+            relative to that before; None for the objective's own.
         held_out: share of the documents kept for evaluation.
+        eval_batches: batches that the evaluation of losses reads, at most.
+        eval_documents: documents on which the acceptance lengths of ``eval_chain`` and
+            ``eval_tree`` are predicted; 0 for none.
+        eval_chain: drafts of the chain.
+        eval_tree: draft tokens, depth and top-k of the tree.
+        recompute: keep no activations of the MLP, compute them again (gradient checkpointing).
+        tensorboard: write TensorBoard's events beside the log of JSON lines.
         attention: ``"flash"`` or ``"math"``.
     """
 
     draft_vocab_size: int = 8192
     batch_tokens: int = 32768
+    accumulate: int = 1
     max_length: int = 2048
     epochs: int = 3
     steps: int | None = None
@@ -36,28 +55,61 @@ class TrainConfig:
     learning_rate: float = 8e-4
     warmup: float = 0.03
     clip: float = 0.5
-    num_ttt_steps: int = 7
-    ttt_decay: float = 0.8
+    objective: str = "eagle3"
+    num_ttt_steps: int | None = None
+    ttt_decay: float | None = None
     held_out: float = 0.01
     eval_batches: int = 8
+    eval_documents: int = 8
+    eval_chain: int = 5
+    eval_tree: tuple[int, int, int] = (DEFAULT_NUM_SPECULATIVE_TOKENS, 6, 8)
     log_every: int = 10
     eval_every: int = 500
     save_every: int = 500
     seed: int = 0
     attention: str = "flash"
+    recompute: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("draft_vocab_size", "batch_tokens", "max_length", "epochs", "num_ttt_steps"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("steps", "minutes"):
+        from vllm_eagle3.train.objectives import OBJECTIVES
+
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective={self.objective!r}: use one of {', '.join(OBJECTIVES)}")
+        if self.eval_documents < 0:
+            raise ValueError(f"eval_documents={self.eval_documents} must be 0 or more")
+        if len(self.eval_tree) != 3:
+            raise ValueError(f"eval_tree={self.eval_tree}: give draft tokens, depth and top-k")
+        self.trees()
+        for name in ("steps", "minutes", "num_ttt_steps"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be positive, or left out for no limit")
+                raise ValueError(f"{name}={value} must be positive, or left out")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate} must be positive")
         if self.attention not in ("flash", "math"):
             raise ValueError(f"attention={self.attention!r}: use 'flash' or 'math'")
+
+    def loss_changes(self) -> dict[str, int | float | str]:
+        """What this configuration changes of the objective's own ``LossSettings``."""
+        changes = {"num_steps": self.num_ttt_steps, "decay": self.ttt_decay}
+        given = {name: value for name, value in changes.items() if value is not None}
+        return given | {"attention": self.attention}
+
+    def trees(self) -> dict[str, TreeConfig]:
+        """What the evaluation predicts acceptance lengths for, by name.
+
+        Raises:
+            ValueError: no such tree can be grown.
+        """
+        tokens, depth, top_k = self.eval_tree
+        return {
+            f"chain of {self.eval_chain}": _tree(self.eval_chain, self.eval_chain, 1),
+            f"tree of {tokens}, {depth}, {top_k}": _tree(tokens, depth, top_k),
+        }
 
     def rate(self, progress: float) -> float:
         """Learning rate when a share ``progress`` of the run is over."""
@@ -65,6 +117,10 @@ class TrainConfig:
             return self.learning_rate * max(progress / self.warmup, 0.01)
         done = min(1.0, (progress - self.warmup) / (1 - self.warmup))
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def _tree(num_drafts: int, depth: int, top_k: int) -> TreeConfig:
+    return TreeConfig(num_drafts, depth=depth, top_k=top_k, verify_budget=None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,28 +134,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, kind: type, text: str) -> None:
         value = getattr(default, name)
-        shown = "none" if value is None else value
+        unset = "the objective's" if "ttt" in name else "none"
+        shown = unset if value is None else value
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=kind, default=value, help=f"{text} ({shown})"
         )
 
+    add("objective", str, "eagle3, or another kind of head")
     add("draft_vocab_size", int, "tokens that the head can predict")
     add("epochs", int, "passes over the data, at most")
     add("steps", int, "optimiser steps, at most")
     add("minutes", float, "wall-clock limit; the learning rate ends with it")
     add("batch_tokens", int, "tokens of an optimiser step")
+    add("accumulate", int, "parts that an optimiser step is read in, to save memory")
     add("max_length", int, "longer documents are cut")
     add("learning_rate", float, "peak")
     add("num_ttt_steps", int, "draft steps trained through")
     add("ttt_decay", float, "weight of a draft step relative to the one before")
     add("log_every", int, "steps between log lines")
     add("eval_every", int, "steps between evaluations")
+    add("eval_documents", int, "held-out documents to predict acceptance lengths on; 0: none")
+    add("eval_chain", int, "drafts of the chain that the evaluation predicts for")
+    parser.add_argument(
+        "--eval-tree",
+        type=int,
+        nargs=3,
+        metavar=("DRAFTS", "DEPTH", "TOP_K"),
+        default=default.eval_tree,
+        help=f"the tree that the evaluation predicts for {default.eval_tree}",
+    )
     add("save_every", int, "steps between states to resume from")
     add("seed", int, "of the order and the weights")
     add("attention", str, "flash or math")
+    for name, text in (
+        ("recompute", "compute the MLP's activations again instead of keeping them"),
+        ("tensorboard", "write TensorBoard's events too"),
+    ):
+        parser.add_argument(f"--{name}", action="store_true", help=text)
 
 
 def config_from_arguments(args: argparse.Namespace) -> TrainConfig:
     """Settings from the command line; what has no option keeps its default."""
     names = {field.name for field in fields(TrainConfig)}
-    return TrainConfig(**{k: v for k, v in vars(args).items() if k in names})
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if k in names}
+    return TrainConfig(**given)

@@ -1,31 +1,30 @@
-"""The training loop: data in, head out."""
+"""The training loop: data in, head out.
+
+One process for each GPU; ``torchrun -m vllm_eagle3.cli train ...`` starts several.
+"""
 
 import argparse
-import itertools
-import json
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vllm_eagle3.corpus import read_corpus, write_json
-from vllm_eagle3.train import state
+from vllm_eagle3.train import checkpoints
 from vllm_eagle3.train.card import model_card
-from vllm_eagle3.train.data import TokenBatch, epoch_batches, split_held_out
+from vllm_eagle3.train.clock import Clock
+from vllm_eagle3.train.data import TokenBatch, check_tokens, split_held_out
+from vllm_eagle3.train.distributed import World, joined
+from vllm_eagle3.train.evaluation import Evaluation, evaluate
 from vllm_eagle3.train.export import export
-from vllm_eagle3.train.features import Target, load_target
-from vllm_eagle3.train.initialise import initialise
-from vllm_eagle3.train.model import Eagle3Head, HeadConfig
+from vllm_eagle3.train.features import FeatureBatch, Target, load_target
+from vllm_eagle3.train.loader import Loader, StepBatches
+from vllm_eagle3.train.logs import RunLog, peak_memory_gib, rounded
+from vllm_eagle3.train.objectives import OBJECTIVES, LossResult, LossSettings
+from vllm_eagle3.train.recompute import recompute_mlps
 from vllm_eagle3.train.settings import TrainConfig, add_arguments, config_from_arguments
-from vllm_eagle3.train.ttt import TTTBatch, TTTResult, ttt_loss
 from vllm_eagle3.train.vocabulary import frequent_tokens
 
-STATE_FILE = "training_state.pt"
-LOG_FILE = "training_log.jsonl"
 _BETAS = (0.9, 0.95)
 
 __all__ = ["TrainConfig", "add_arguments", "run", "train"]
@@ -47,8 +46,8 @@ def train(
 ) -> Path:
     """Train a head for ``target`` on ``data_dir`` and write it to ``out_dir``.
 
-    ``out_dir`` gets the checkpoint with its model card, a log of JSON lines, and a state to
-    resume from.
+    ``out_dir`` gets the checkpoint with its model card, a log of JSON lines, and the last two
+    states to resume from.
 
     Args:
         target: a Llama checkpoint, folder or hub name.
@@ -60,11 +59,12 @@ def train(
         ``out_dir``.
 
     Raises:
-        ValueError: no data, an unsuitable target, or a state of another configuration.
+        ValueError: no data, an unsuitable target, a state of another configuration, a full
+            disk, or a loss that is not finite.
     """
-    config = config or TrainConfig()
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return _Trainer(target, Path(data_dir), Path(out_dir), config, chosen).train(resume)
+    with joined(device) as (world, chosen):
+        paths = Path(data_dir), Path(out_dir)
+        return _Trainer(target, *paths, config or TrainConfig(), chosen, world).train(resume)
 
 
 class _Trainer:
@@ -75,8 +75,9 @@ class _Trainer:
         out_dir: Path,
         config: TrainConfig,
         device: torch.device,
+        world: World,
     ) -> None:
-        self.config, self.out_dir, self.device = config, out_dir, device
+        self.config, self.out_dir, self.device, self.world = config, out_dir, device, world
         self.target_name, self.data_dir = str(target), data_dir
         out_dir.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
@@ -85,16 +86,20 @@ class _Trainer:
         # Half precision only where it is fast; the master weights are float32 everywhere.
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model = load_target(target, device, self.dtype)
-        head_config = HeadConfig.from_target(model.config, config.draft_vocab_size)
+        self.objective = OBJECTIVES[config.objective]
+        self.settings = replace(self.objective.settings, **config.loss_changes())
+        head_config = self.objective.head_config(model.config, config.draft_vocab_size)
+        check_tokens(corpus, head_config.vocab_size)
         self.target = Target(model, head_config.aux_layer_ids)
         ids, self.coverage = frequent_tokens(
             self.documents,
             head_config.vocab_size,
-            config.draft_vocab_size,
+            head_config.draft_vocab_size,
             always=self.target.end_token_ids,
         )
-        self.head = Eagle3Head(head_config, self.target.embedding, ids).to(device)
-        self.draft_token_ids = ids.to(device)
+        self.head = self.objective.make_head(head_config, self.target, ids).to(device)
+        if config.recompute:
+            recompute_mlps(self.head)
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(),
             lr=config.learning_rate,
@@ -102,21 +107,25 @@ class _Trainer:
             weight_decay=0.0,
             fused=device.type == "cuda",
         )
-        self.step = 0
-        self.tokens_seen = 0
-        self.seconds_before = 0.0
-        self.evaluation: dict[str, Any] = {}
+        self.loader = Loader(self.documents, config, world)
+        self.step = self.tokens_seen = 0
+        self.saved_step: int | None = None
+        self.clock = Clock(config.minutes, world, device)
+        self.evaluation: Evaluation | None = None
 
     def train(self, resume: bool) -> Path:
+        self.log = RunLog(self.out_dir, self.world.is_main, self.config.tensorboard, resume)
         if resume:
             self._load_state()
+            self.log.rewind(self.step)
         else:
-            (self.out_dir / LOG_FILE).unlink(missing_ok=True)
-            sample = self._read(next(self._batches(0)))
-            initialise(self.head, self.target, sample)
-        self._log(
-            event="start",
+            sample = self.loader.first().to(self.device)
+            self.objective.initialise(self.head, self.target, self._read(sample))
+        self.world.share_weights(self.head)
+        self.log.write(
+            "start",
             config=asdict(self.config),
+            processes=self.world.size,
             documents=len(self.documents),
             coverage=self.coverage,
             parameters=sum(p.numel() for p in self.head.parameters()),
@@ -124,145 +133,115 @@ class _Trainer:
         self._loop()
         self._evaluate()
         self._save_state()
-        return export(self.head, self.out_dir, self._card())
+        self.log.close()
+        if self.world.is_main:
+            export(self.head, self.out_dir, self._card())
+        return self.out_dir
 
     def _loop(self) -> None:
-        from tqdm import tqdm
-
-        total_steps = self._total_steps()
-        self.started = time.monotonic()
-        bar = tqdm(total=100, unit="%", desc="training", disable=not sys.stderr.isatty())
-        for batch in self._batches(self.step):
-            progress = self._progress(total_steps)
+        self.clock.start(self.step, self.tokens_seen, self.loader.num_steps())
+        for batches in self.loader.steps(self.step, self.device):
+            progress = self.clock.progress(self.step)
             if progress >= 1:
                 break
-            result, grad_norm = self._optimise(batch, progress)
+            measures, grad_norm = self._optimise(batches, progress)
             self.step += 1
-            self.tokens_seen += batch.tokens_BT.numel()
+            self.tokens_seen += batches.num_tokens
             if self.step % self.config.log_every == 0:
-                self._log_step(result, grad_norm, progress)
-                bar.set_postfix(loss=f"{result.loss.item():.3f}", step=self.step)
-            bar.update(int(100 * progress) - bar.n)
+                self._log_step(measures, grad_norm, progress)
+            self.log.advance(progress, self.tokens_seen)
             if self.step % self.config.eval_every == 0:
                 self._evaluate()
             if self.step % self.config.save_every == 0:
                 self._save_state()
-        bar.close()
 
-    def _optimise(self, batch: TokenBatch, progress: float) -> tuple[TTTResult, torch.Tensor]:
+    def _optimise(self, batches: StepBatches, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step: the measures of this process's share of the step, and the gradient's norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(progress)
-        result = self._forward(batch)
-        result.loss.backward()
+        measures = torch.zeros(1 + 3 * self.settings.num_steps, device=self.device)
+        for batch, share in batches.parts:
+            result = self._forward(batch)
+            (result.loss * share).backward()
+            measures += share * _as_vector(result)
+        self.world.sum_gradients(self.head)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
+        # Of the summed gradient, so that all processes stop together, and before the optimiser
+        # has seen it.
+        if not torch.isfinite(grad_norm):
+            raise ValueError(self._not_finite())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return result, grad_norm
+        return measures, grad_norm
 
-    def _forward(self, batch: TokenBatch) -> TTTResult:
+    def _forward(self, batch: TokenBatch, settings: LossSettings | None = None) -> LossResult:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            return ttt_loss(
-                self.head,
-                self._read(batch),
-                self.config.num_ttt_steps,
-                self.config.ttt_decay,
-                self.config.attention,
-            )
+            return self.objective.loss(self.head, self._read(batch), settings or self.settings)
 
-    def _read(self, batch: TokenBatch) -> TTTBatch:
-        return self.target.read(batch, self.draft_token_ids, self.head.t2d)
+    def _read(self, batch: TokenBatch) -> FeatureBatch:
+        return self.objective.read(self.target, batch, self.head)
+
+    def _not_finite(self) -> str:
+        if self.saved_step is None:
+            remedy = "start again"
+        else:
+            remedy = f"go on from step {self.saved_step} with --resume"
+        return (
+            f"the gradient of step {self.step + 1} is not finite: nothing of it was kept; lower "
+            f"--learning-rate (now {self.config.learning_rate:g}) or --clip, and {remedy}"
+        )
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        batches = epoch_batches(
-            self.held_out, self.config.batch_tokens, self.config.max_length, self.config.seed
+        if not self.world.is_main:
+            return
+        # Noise is for training; a measure must not depend on it, nor draw from its generator.
+        quiet = replace(self.settings, feature_noise=0.0)
+        self.evaluation = evaluate(
+            self.head,
+            self.target,
+            self.held_out,
+            self.config,
+            self.device,
+            lambda batch: self._forward(batch, quiet),
         )
-        results = [
-            self._forward(batch.to(self.device))
-            for batch in itertools.islice(batches, self.config.eval_batches)
-        ]
-        if not all(torch.isfinite(r.losses_K).all() for r in results):
-            raise RuntimeError(
-                f"the loss is not finite at step {self.step}: lower learning_rate, and resume "
-                f"from {self.out_dir / STATE_FILE} or start anew"
-            )
+        self.log.write("evaluation", step=self.step, **asdict(self.evaluation))
 
-        def mean(name: str) -> list[float]:
-            return torch.stack([getattr(r, name) for r in results]).mean(0).tolist()
-
-        self.evaluation = {
-            "losses": mean("losses_K"),
-            "accuracy": mean("accuracy_K"),
-            "accepted": mean("accepted_K"),
-        }
-        self.evaluation["chain_tau"] = 1 + sum(self.evaluation["accepted"])
-        self._log(event="evaluation", step=self.step, **_rounded(self.evaluation))
-
-    def _epoch(self, index: int) -> Iterator[TokenBatch]:
-        config = self.config
-        return epoch_batches(
-            self.documents, config.batch_tokens, config.max_length, config.seed * 1000 + index
-        )
-
-    def _batches(self, start: int) -> Iterator[TokenBatch]:
-        """All batches of the run from batch ``start`` on; the order depends on the seed only."""
-        epochs = map(self._epoch, range(self.config.epochs))
-        for batch in itertools.islice(itertools.chain.from_iterable(epochs), start, None):
-            yield batch.to(self.device)
-
-    def _total_steps(self) -> int:
-        by_data = self.config.epochs * sum(1 for _ in self._epoch(0))
-        return by_data if self.config.steps is None else min(by_data, self.config.steps)
-
-    def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
-
-    def _progress(self, total_steps: int) -> float:
-        """Share of the run that is over, by steps or by time, whichever ends first."""
-        progress = self.step / total_steps
-        if self.config.minutes is not None:
-            progress = max(progress, self._seconds() / (60 * self.config.minutes))
-        return progress
-
-    def _log_step(self, result: TTTResult, grad_norm: torch.Tensor, progress: float) -> None:
-        self._log(
-            event="step",
+    def _log_step(self, measures: torch.Tensor, grad_norm: torch.Tensor, progress: float) -> None:
+        loss, *rest = self.world.sum_(measures).tolist()
+        K = self.settings.num_steps
+        self.log.write(
+            "step",
             step=self.step,
-            progress=round(progress, 4),
-            seconds=round(self._seconds(), 1),
-            tokens_per_second=round(self.tokens_seen / self._seconds()),
+            progress=progress,
+            **self.clock.report(self.step, self.tokens_seen),
             learning_rate=self.optimizer.param_groups[0]["lr"],
-            grad_norm=round(float(grad_norm), 4),
-            **_rounded(
-                {
-                    "loss": result.loss.item(),
-                    "losses": result.losses_K.tolist(),
-                    "accuracy": result.accuracy_K.tolist(),
-                    "accepted": result.accepted_K.tolist(),
-                }
-            ),
+            grad_norm=float(grad_norm),
+            peak_memory_gib=peak_memory_gib(self.device),
+            loss=loss,
+            losses=rest[:K],
+            accuracy=rest[K : 2 * K],
+            accepted=rest[2 * K :],
         )
-
-    def _log(self, **entry: Any) -> None:
-        line = json.dumps(entry)
-        with (self.out_dir / LOG_FILE).open("a") as file:
-            file.write(line + "\n")
-        if not sys.stderr.isatty():
-            print(line, flush=True)
+        self.log.advance(progress, self.tokens_seen, loss=f"{loss:.3f}", step=str(self.step))
 
     def _save_state(self) -> None:
-        state.save(
-            self.out_dir / STATE_FILE,
-            self.config,
-            self.head,
-            self.optimizer,
-            state.Progress(self.step, self.tokens_seen, self._seconds()),
-        )
+        random_states = self.world.gather(checkpoints.random_state(self.device))
+        if self.world.is_main:
+            progress = checkpoints.Progress(self.step, self.tokens_seen, self.clock.seconds())
+            checkpoints.save(
+                self.out_dir, self.config, self.head, self.optimizer, progress, random_states
+            )
+        self.saved_step = self.step
 
     def _load_state(self) -> None:
-        progress = state.load(self.out_dir / STATE_FILE, self.config, self.head, self.optimizer)
+        progress, random_states = checkpoints.load(
+            self.out_dir, self.config, self.head, self.optimizer, self.world.size
+        )
         self.step, self.tokens_seen = progress.step, progress.tokens_seen
-        self.seconds_before = progress.seconds
+        self.saved_step = progress.step
+        self.clock.seconds_before = progress.seconds
+        checkpoints.restore_random_state(random_states[self.world.rank], self.device)
 
     def _card(self) -> str:
         facts = {
@@ -274,19 +253,25 @@ class _Trainer:
             "coverage": self.coverage,
             "steps": self.step,
             "tokens_seen": self.tokens_seen,
-            "seconds": self._seconds(),
+            "seconds": self.clock.seconds(),
             "device": torch.cuda.get_device_name(self.device)
             if self.device.type == "cuda"
             else "CPU",
-            "config": asdict(self.config),
-            "evaluation": _rounded(self.evaluation),
+            "processes": self.world.size,
+            "config": asdict(self.config)
+            | {"num_ttt_steps": self.settings.num_steps, "ttt_decay": self.settings.decay},
+            "evaluation": rounded(asdict(self.evaluation)),
         }
         write_json(self.out_dir / "training.json", facts)
         return model_card(facts, self.data_dir)
 
 
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    def one(value: Any) -> Any:
-        return [round(v, 4) for v in value] if isinstance(value, list) else round(value, 4)
-
-    return {name: one(value) for name, value in values.items()}
+def _as_vector(result: LossResult) -> torch.Tensor:
+    return torch.cat(
+        [
+            result.loss.detach().float().reshape(1),
+            result.losses_K,
+            result.accuracy_K,
+            result.accepted_K,
+        ]
+    )

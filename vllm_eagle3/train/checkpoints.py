@@ -1,0 +1,170 @@
+"""What a training run needs to go on after an interruption, and its place on the disk.
+
+Two states are kept, ``training_state.pt`` and ``training_state.previous.pt``. A new one is
+written beside them, flushed to the disk, and only then renamed: a full disk or a killed
+process leaves the two as they were.
+"""
+
+import os
+import random
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_eagle3.train.settings import TrainConfig
+
+STATE_FILE = "training_state.pt"
+PREVIOUS_FILE = "training_state.previous.pt"
+
+# These may change between the parts of a run; what shapes the weights may not. The learning
+# rate is free because lowering it is the remedy for a loss that is no longer finite.
+_FREE = {
+    *("epochs", "steps", "minutes", "learning_rate", "clip", "recompute"),
+    *("log_every", "eval_every", "save_every", "eval_batches"),
+    *("eval_documents", "eval_chain", "eval_tree", "tensorboard"),
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: optimiser steps, tokens read (padding included), seconds."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    seconds: float = 0.0
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """State of all generators that a process of training draws from."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Undo what was drawn since :func:`random_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def save(
+    out_dir: Path,
+    config: TrainConfig,
+    head: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    random_states: list[dict[str, Any]],
+) -> None:
+    """Write the newest state; the newest before it becomes the previous one.
+
+    Args:
+        random_states: of every process, by rank.
+
+    Raises:
+        ValueError: the disk is full or not writable; the states written before are intact.
+    """
+    newest, previous = out_dir / STATE_FILE, out_dir / PREVIOUS_FILE
+    scratch = out_dir / f".{STATE_FILE}.partial"
+    try:
+        with scratch.open("wb") as file:
+            torch.save(
+                {
+                    "config": asdict(config),
+                    "head": head.state_dict(),
+                    "feature_scale": head.feature_scale_F,
+                    "optimizer": optimizer.state_dict(),
+                    "progress": asdict(progress),
+                    "random": random_states,
+                },
+                file,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+    # torch reports a failed write of its archive as a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        scratch.unlink(missing_ok=True)
+        raise ValueError(
+            f"the state of step {progress.step} could not be written to {out_dir} ({error}): free "
+            "some space, and go on from the state before with --resume"
+        ) from error
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    if newest.is_file():
+        os.replace(newest, previous)
+    os.replace(scratch, newest)
+    _flush_folder(out_dir)
+
+
+def load(
+    out_dir: Path,
+    config: TrainConfig,
+    head: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    num_processes: int = 1,
+) -> tuple[Progress, list[dict[str, Any]]]:
+    """Restore head and optimiser from the newest state that can be read.
+
+    Returns:
+        The progress and the random states, by rank.
+
+    Raises:
+        ValueError: there is no state, or it is of another configuration, other data or
+            another number of processes.
+    """
+    path, stored = _newest(out_dir, head.d2t.device)
+    now = asdict(config)
+    changed = [k for k in now if k not in _FREE and stored["config"].get(k) != now[k]]
+    if changed:
+        raise ValueError(
+            f"{path} was written with another {', '.join(changed)}: give the same, or "
+            "start without resume"
+        )
+    if len(stored["random"]) != num_processes:
+        raise ValueError(
+            f"{path} was written by {len(stored['random'])} processes, this run has "
+            f"{num_processes}: use as many, or start without resume"
+        )
+    if not torch.equal(stored["head"]["d2t"], head.d2t):
+        raise ValueError(f"{path} was trained on other data: start without resume")
+    head.load_state_dict(stored["head"])
+    head.feature_scale_F.copy_(stored["feature_scale"])
+    optimizer.load_state_dict(stored["optimizer"])
+    return Progress(**stored["progress"]), stored["random"]
+
+
+def _newest(out_dir: Path, device: torch.device) -> tuple[Path, dict[str, Any]]:
+    unreadable = []
+    for path in (out_dir / STATE_FILE, out_dir / PREVIOUS_FILE):
+        if not path.is_file():
+            continue
+        try:
+            return path, torch.load(path, map_location=device, weights_only=True)
+        # A damaged archive surfaces as almost anything: zip, pickle, key and value errors.
+        except Exception as error:
+            unreadable.append(path.name)
+            print(f"{path} cannot be read ({error}): trying the one before", file=sys.stderr)
+    if unreadable:
+        raise ValueError(f"{' and '.join(unreadable)} of {out_dir} cannot be read: start anew")
+    raise ValueError(f"{out_dir / STATE_FILE} does not exist: start without resume")
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make renames last through a power failure; a file system without it is left alone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,85 @@
+"""Which process reads which batch at which step: a function of the seed alone.
+
+An optimiser step reads a group of G = processes x ``accumulate`` batches, each of
+``batch_tokens / G`` tokens; batch g of the group goes to process g modulo the number of
+processes. The epochs follow each other without a gap, and the last group may be smaller.
+
+A batch's loss is a mean over its slots. Its share of the step's loss is its share of the
+assistant's tokens, so that no token counts for more because its batch had little to predict.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_eagle3.corpus import Document
+from vllm_eagle3.train.data import TokenBatch, epoch_batches
+from vllm_eagle3.train.distributed import World
+from vllm_eagle3.train.settings import TrainConfig
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What one process reads for one optimiser step.
+
+    Attributes:
+        parts: batches with their shares of the step's loss; none where the data has run out
+            for this process.
+        num_tokens: of all processes, padding included.
+    """
+
+    parts: list[tuple[TokenBatch, float]]
+    num_tokens: int
+
+
+class Loader:
+    """The steps of a run, for one process.
+
+    Raises:
+        ValueError: ``batch_tokens`` is less than one token for each part of a step.
+    """
+
+    def __init__(self, documents: Sequence[Document], config: TrainConfig, world: World) -> None:
+        self.documents, self.config, self.world = documents, config, world
+        self.group = world.size * config.accumulate
+        self.part_tokens = config.batch_tokens // self.group
+        if self.part_tokens < 1:
+            raise ValueError(
+                f"batch_tokens={config.batch_tokens} cannot be read in {self.group} parts "
+                f"({world.size} processes, accumulate={config.accumulate}): raise batch_tokens"
+            )
+
+    def first(self) -> TokenBatch:
+        """The first batch of the run, the same for every process."""
+        return next(self._epoch(0))
+
+    def num_steps(self) -> int:
+        """Steps of the run, if nothing ends it before: by the data, or by ``config.steps``."""
+        batches = self.config.epochs * sum(1 for _ in self._epoch(0))
+        by_data = -(-batches // self.group)
+        return by_data if self.config.steps is None else min(by_data, self.config.steps)
+
+    def steps(self, start: int, device: torch.device) -> Iterator[StepBatches]:
+        """All steps from step ``start`` on."""
+        epochs = map(self._epoch, range(self.config.epochs))
+        batches = itertools.chain.from_iterable(epochs)
+        batches = itertools.islice(batches, start * self.group, None)
+        while group := list(itertools.islice(batches, self.group)):
+            written = [int(batch.assistant_BT.sum()) for batch in group]
+            total = max(1, sum(written))
+            mine = slice(self.world.rank, None, self.world.size)
+            yield StepBatches(
+                [
+                    (batch.to(device), count / total)
+                    for batch, count in zip(group[mine], written[mine], strict=True)
+                ],
+                sum(batch.tokens_BT.numel() for batch in group),
+            )
+
+    def _epoch(self, index: int) -> Iterator[TokenBatch]:
+        config = self.config
+        return epoch_batches(
+            self.documents, self.part_tokens, config.max_length, config.seed * 1000 + index
+        )
