@@ -42,6 +42,24 @@ def diagonal_attention(
     return _FlashPlusDiagonal.apply(q_BNTD, k_BNTD, v_BNTD, *diagonal_k, *diagonal_v)
 
 
+class DiagonalAttention:
+    """:func:`diagonal_attention` over the steps of one batch: keeps the keys of earlier calls."""
+
+    def __init__(self, impl: str = "flash") -> None:
+        self._impl = impl
+        self._keys: Tensors = []
+        self._values: Tensors = []
+
+    def __call__(
+        self, q_BNTD: torch.Tensor, k_BNTD: torch.Tensor, v_BNTD: torch.Tensor
+    ) -> torch.Tensor:
+        self._keys.append(k_BNTD)
+        self._values.append(v_BNTD)
+        first, *later = self._keys
+        first_values, *later_values = self._values
+        return diagonal_attention(q_BNTD, first, first_values, later, later_values, self._impl)
+
+
 def _explicit(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal_k: Tensors, diagonal_v: Tensors
 ) -> torch.Tensor:

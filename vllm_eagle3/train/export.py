@@ -1,4 +1,4 @@
-"""Heads on disk: the flat checkpoint that vLLM and SGLang load."""
+"""Heads on disk, as vLLM loads them: EAGLE-3's flat format, and EAGLE-1's."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,17 @@ from typing import Any
 import torch
 
 from vllm_eagle3.corpus import write_json
-from vllm_eagle3.train.model import Eagle3Head, HeadConfig
+from vllm_eagle3.train.eagle1 import Eagle1Head
+from vllm_eagle3.train.model import DraftHead, Eagle3Head, HeadConfig
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_EAGLE1_ARCHITECTURE = "EagleLlamaForCausalLM"
+_EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
+_RENAMED = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 
 
 def export(
-    head: Eagle3Head, out_dir: Path, card: str | None = None, dtype: str = "bfloat16"
+    head: DraftHead, out_dir: Path, card: str | None = None, dtype: str = "bfloat16"
 ) -> Path:
     """Write ``config.json``, ``model.safetensors`` and, given a card, ``README.md``.
 
@@ -32,20 +36,48 @@ def export(
     }
     scaled = head.fc.weight.detach() * head.feature_scale_F
     weights["fc.weight"] = scaled.cpu().to(_DTYPES[dtype])
+    if isinstance(head, Eagle1Head):
+        del weights["d2t"], weights["t2d"]  # the vocabulary is the target's
+        config = eagle1_config(head.config, dtype)
+    else:
+        config = checkpoint_config(head.config, dtype)
     save_file(weights, out_dir / "model.safetensors", metadata={"format": "pt"})
-    write_json(out_dir / "config.json", checkpoint_config(head.config, dtype))
+    write_json(out_dir / "config.json", config)
     if card is not None:
         (out_dir / "README.md").write_text(card)
     return out_dir
 
 
 def checkpoint_config(config: HeadConfig, dtype: str) -> dict[str, Any]:
-    """The ``config.json`` of a head."""
+    """The ``config.json`` of an EAGLE-3 head."""
     return {
-        "architectures": ["LlamaForCausalLMEagle3"],
+        "architectures": [_EAGLE3_ARCHITECTURE],
+        "draft_vocab_size": config.draft_vocab_size,
+        **_layer_config(config, dtype),
+        # EAGLE-3.1, as vLLM reads it: SpecForge gives norm_output another meaning.
+        **{name: True for name in ("fc_norm", "norm_output") if getattr(config, name)},
+        "eagle_config": {
+            # Counted as the layer entered, and said so.
+            "conventions": "vllm",
+            "eagle_aux_hidden_state_layer_ids": list(config.aux_layer_ids),
+            "use_aux_hidden_state": True,
+        },
+    }
+
+
+def eagle1_config(config: HeadConfig, dtype: str) -> dict[str, Any]:
+    """The ``config.json`` of an EAGLE-1 head."""
+    return {
+        "architectures": [_EAGLE1_ARCHITECTURE],
+        **_layer_config(config, dtype),
+        "eagle_config": {"conventions": "vllm"},
+    }
+
+
+def _layer_config(config: HeadConfig, dtype: str) -> dict[str, Any]:
+    return {
         "model_type": "llama",
         "vocab_size": config.vocab_size,
-        "draft_vocab_size": config.draft_vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": 1,
@@ -60,16 +92,19 @@ def checkpoint_config(config: HeadConfig, dtype: str) -> dict[str, Any]:
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
-        # Counted as the layer entered, which is how vLLM reads it.
-        "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": list(config.aux_layer_ids),
-            "use_aux_hidden_state": True,
-        },
     }
 
 
-def load_head(path: Path, embedding: torch.Tensor) -> Eagle3Head:
+def load_head(
+    path: Path, embedding: torch.Tensor, output_matrix: torch.Tensor | None = None
+) -> Any:
     """Read a checkpoint written by :func:`export`, in float32.
+
+    Args:
+        embedding, output_matrix: the target's, [vocab, H]; an EAGLE-1 head needs both.
+
+    Returns:
+        An ``Eagle3Head`` or an ``Eagle1Head``.
 
     Raises:
         ValueError: a file is missing, or the head is for another hidden size or vocabulary.
@@ -86,18 +121,25 @@ def load_head(path: Path, embedding: torch.Tensor) -> Eagle3Head:
             f"the head {path} is for a target with (vocabulary, hidden size) {expected}, this "
             f"target has {tuple(embedding.shape)}"
         )
-    weights = load_file(path / "model.safetensors")
-    ids = weights["d2t"] + torch.arange(len(weights["d2t"]))
-    config = HeadConfig(
-        **{
-            key: stored[key]
-            for key in HeadConfig.__dataclass_fields__
-            if key not in ("num_heads", "num_kv_heads", "aux_layer_ids")
-        },
-        num_heads=stored["num_attention_heads"],
-        num_kv_heads=stored["num_key_value_heads"],
-        aux_layer_ids=tuple(stored["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
-    )
-    head = Eagle3Head(config, embedding, ids)
-    head.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in weights.items()})
+    weights = {
+        name: weight.float() if weight.is_floating_point() else weight
+        for name, weight in load_file(path / "model.safetensors").items()
+    }
+    if stored["architectures"] == [_EAGLE1_ARCHITECTURE]:
+        if output_matrix is None:
+            raise ValueError(f"{path} is an EAGLE-1 head: it needs the target's output matrix")
+        head = Eagle1Head(_head_config(stored, ()), embedding, output_matrix)
+        weights |= {"d2t": head.d2t, "t2d": head.t2d}
+    else:
+        layers = tuple(stored["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
+        ids = weights["d2t"] + torch.arange(len(weights["d2t"]))
+        head = Eagle3Head(_head_config(stored, layers), embedding, ids)
+    head.load_state_dict(weights)
     return head
+
+
+def _head_config(stored: dict[str, Any], aux_layer_ids: tuple[int, ...]) -> HeadConfig:
+    names = {name: _RENAMED.get(name, name) for name in HeadConfig.__dataclass_fields__}
+    known = {name: stored[key] for name, key in names.items() if key in stored}
+    whole = {"draft_vocab_size": stored["vocab_size"]}
+    return HeadConfig(**whole | known, aux_layer_ids=aux_layer_ids)

@@ -85,7 +85,7 @@ class Target:
 
     @torch.no_grad()
     def read(self, batch: TokenBatch, draft_token_ids: torch.Tensor, t2d: torch.Tensor) -> TTTBatch:
-        """Run the target over ``batch``: captured states and logits.
+        """Run the target over ``batch``: captured states (or its last one) and logits.
 
         Args:
             draft_token_ids: int64 [V], the draft vocabulary.
@@ -105,7 +105,7 @@ class Target:
         return TTTBatch(
             tokens_BT=batch.tokens_BT,
             assistant_BT=batch.assistant_BT,
-            features_BTF=torch.cat(features, -1),
+            features_BTF=torch.cat(features or [hidden_BTH], -1),
             target_logits_BTV=logits_PV.view(*shape, -1),
             covered_BT=covered_P.view(shape),
         )

@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_eagle3.train.eagle1 import Eagle1Head
 from vllm_eagle3.train.features import FeatureBatch, Target
 from vllm_eagle3.train.model import DraftHead, Eagle3Head
 
@@ -21,6 +22,20 @@ def initialise_eagle3(head: Eagle3Head, target: Target, sample: FeatureBatch) ->
     head.norm.weight.copy_(target.final_norm)
     features_MF = sample.features_BTF[sample.assistant_BT]
     head.feature_scale_F.copy_(channel_scale(head.fc_inputs(features_MF)))
+
+
+@torch.no_grad()
+def initialise_eagle1(head: Eagle1Head, target: Target, sample: FeatureBatch) -> None:
+    """Random layer; ``fc`` sees every channel of embedding and feature at size one.
+
+    The scale is taken from pairs of a feature and the next token, both the assistant's.
+    """
+    initialise_layer(head)
+    tokens_M = sample.tokens_BT[:, 1:][sample.assistant_BT[:, 1:]]
+    features_MH = sample.features_BTF[:, :-1][sample.assistant_BT[:, 1:]]
+    head.feature_scale_F.copy_(channel_scale(head.fc_inputs(tokens_M, features_MH)))
+    # What fc gives is to be of the features' own size, which the head predicts.
+    head.fc.weight.mul_(features_MH.float().square().mean().sqrt())
 
 
 def initialise_layer(head: DraftHead) -> None:

@@ -30,6 +30,13 @@ __all__ = ["DraftHead", "Eagle3Head", "HeadConfig", "captured_layers"]
 class DraftHead(nn.Module):
     """What heads of every kind have: a draft vocabulary, the target's embedding, a scale.
 
+    And the four functions of a drafting round, with states of shape [..., H]:
+
+        fuse(features) -> state       of what the target captured, before the first step
+        step(tokens, state, positions, attend) -> out
+        feedback(out) -> state        of the next step
+        logits(out)                   over the draft vocabulary
+
     The embedding is the target's, frozen and not saved: vLLM shares it as well.
     ``feature_scale_F`` divides every input channel of ``fc`` by its typical size, because a
     few channels of a residual stream are hundreds of times larger than the rest and Adam
@@ -128,6 +135,10 @@ class Eagle3Head(DraftHead):
         embeds_BTH = F.embedding(tokens_BT, self.embedding).to(hidden_BTH.dtype)
         return self.midlayer(embeds_BTH, hidden_BTH, positions_BT, attend)
 
-    def feedback(self, out_BTH: torch.Tensor) -> torch.Tensor:
+    def feedback(self, out: torch.Tensor) -> torch.Tensor:
         """What the next draft step takes as ``hidden_BTH``, of this one's output."""
-        return self.norm(out_BTH) if self.config.norm_output else out_BTH
+        return self.norm(out) if self.config.norm_output else out
+
+    def logits(self, out: torch.Tensor) -> torch.Tensor:
+        """Over the draft vocabulary, [..., V]."""
+        return self.lm_head(self.norm(out))

@@ -1,19 +1,29 @@
 """Cross-entropy against the target's distribution, without an M x V tensor that lasts.
 
-Shape suffixes: M counted slots, P rows of the target, H hidden, V draft vocabulary.
+The gradient of a chunk of rows is turned at once into gradients of its inputs, in the
+forward pass: no tensor of all rows times the vocabulary is ever held.
+
+Shape suffixes: M counted slots, P rows of the target, H hidden, V vocabulary.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-CHUNK_ROWS = 4096  # bounds the float32 logits of one chunk: 4096 x V x 4 bytes
+_CHUNK_ELEMENTS = 1 << 25  # of one chunk's float32 logits, of which some four copies exist
+
+
+def chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    """The rows in parts that bound their logits."""
+    rows = max(1, _CHUNK_ELEMENTS // vocab_size)
+    return (slice(start, start + rows) for start in range(0, num_rows, rows))
 
 
 class LinearSoftCrossEntropy(torch.autograd.Function):
-    """sum_m weight_m * -sum_v p_mv log softmax(x_m W^T)_v, in chunks of rows.
+    """sum_m weight_m * -sum_v p_mv log softmax(x_m W^T)_v, with gradients of x and W.
 
-    p = softmax of the target's row. The gradient of a chunk, (q - p) * weight, is turned at
-    once into gradients of x and W, so no M x V tensor outlives its chunk.
+    p = softmax of the target's row. The gradient of the logits is (q - p) * weight.
     Also returns the argmax of q, and whether it is the argmax of p.
     """
 
@@ -26,8 +36,7 @@ class LinearSoftCrossEntropy(torch.autograd.Function):
         grad_w_VH = torch.zeros_like(weight_VH, dtype=accurate)
         drafted_M = torch.empty_like(rows_M)
         agree_M = torch.empty_like(rows_M, dtype=torch.bool)
-        for start in range(0, len(rows_M), CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
+        for part in chunks(len(rows_M), len(weight_VH)):
             x, target = x_MH[part], target_PV[rows_M[part]]
             weights = weights_M[part].to(accurate)
             logits = x @ matrix_VH.T
@@ -49,3 +58,54 @@ class LinearSoftCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, _drafted, _agree):
         grad_x_MH, grad_w_VH = ctx.saved_tensors
         return (grad_x_MH * grad_loss).to(grad_x_MH.dtype), grad_w_VH * grad_loss, None, None, None
+
+
+class SharedHeadCrossEntropy(torch.autograd.Function):
+    """Means over rows m of two cross-entropies of p = softmax(f_m W^T), q = softmax(x_m W^T).
+
+        tokens = -sum_v p_v log q_v                      gradient of the logits: q - p
+        top_k  = -sum_(v among the K likeliest of p) p_v log q_v     (sum p) q - p, p as masked
+
+    The matrix W is the target's, frozen: only x gets a gradient. ``num_top`` = 0 leaves the
+    second out (it is then 0). Also returns the argmax of q, and whether it is that of p.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_MH, features_MH, weight_VH, num_top: int):
+        accurate = torch.promote_types(x_MH.dtype, torch.float32)
+        matrix_VH, num_rows = weight_VH.to(x_MH.dtype), len(x_MH)
+        losses = torch.zeros(2, dtype=accurate, device=x_MH.device)
+        grads = torch.zeros(
+            (2 if num_top else 1, *x_MH.shape), dtype=x_MH.dtype, device=x_MH.device
+        )
+        drafted_M = x_MH.new_empty(num_rows, dtype=torch.int64)
+        agree_M = x_MH.new_empty(num_rows, dtype=torch.bool)
+        for part in chunks(num_rows, len(weight_VH)):
+            logits = x_MH[part] @ matrix_VH.T
+            target = features_MH[part].to(x_MH.dtype) @ matrix_VH.T
+            drafted_M[part] = logits.argmax(-1)
+            agree_M[part] = drafted_M[part] == target.argmax(-1)
+            p = target.to(accurate).softmax(-1)
+            log_q = logits.to(accurate).log_softmax(-1)
+            q = log_q.exp()
+            losses[0] -= (p * log_q).sum()
+            grads[0, part] = ((q - p) / num_rows).to(x_MH.dtype) @ matrix_VH
+            if num_top:
+                best = p.topk(min(num_top, p.shape[-1]), -1)
+                losses[1] -= (best.values * log_q.gather(-1, best.indices)).sum()
+                grad = q * best.values.sum(-1, keepdim=True)
+                grad.scatter_add_(-1, best.indices, -best.values)
+                grads[1, part] = (grad / num_rows).to(x_MH.dtype) @ matrix_VH
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(drafted_M, agree_M)
+        losses /= max(1, num_rows)
+        return losses[0], losses[1], drafted_M, agree_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_tokens, grad_top, _drafted, _agree):
+        of_tokens, *of_top = ctx.saved_tensors
+        grad = of_tokens * grad_tokens
+        for of_top_k in of_top:
+            grad = grad + of_top_k * grad_top
+        return grad.to(of_tokens.dtype), None, None, None

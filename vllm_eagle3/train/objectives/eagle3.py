@@ -23,12 +23,12 @@ V draft vocabulary.
 
 import torch
 
-from vllm_eagle3.train.attention import diagonal_attention
+from vllm_eagle3.train.attention import DiagonalAttention
 from vllm_eagle3.train.features import TTTBatch
 from vllm_eagle3.train.model import Eagle3Head
 from vllm_eagle3.train.objectives.cross_entropy import LinearSoftCrossEntropy
-from vllm_eagle3.train.objectives.result import LossResult, LossSettings
-from vllm_eagle3.train.objectives.slots import counted_slots, shift_left
+from vllm_eagle3.train.objectives.result import LossResult, LossSettings, weighted
+from vllm_eagle3.train.objectives.slots import ChainAcceptance, counted_slots, shift_left
 
 
 def ttt_loss(head: Eagle3Head, batch: TTTBatch, settings: LossSettings) -> LossResult:
@@ -37,16 +37,9 @@ def ttt_loss(head: Eagle3Head, batch: TTTBatch, settings: LossSettings) -> LossR
     positions_BT = torch.arange(num_slots, device=batch.tokens_BT.device).unsqueeze(0)
     slots = [counted_slots(batch.assistant_BT, step) for step in range(settings.num_steps)]
     target_logits_PV = batch.target_logits_BTV.flatten(0, 1)
-    covered_P, tokens_P = batch.covered_BT.flatten(), batch.tokens_BT.flatten()
-    on_track_P = torch.ones_like(covered_P)
-    keys: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        keys.append(k)
-        values.append(v)
-        return diagonal_attention(q, keys[0], values[0], keys[1:], values[1:], settings.attention)
-
+    covered_P = batch.covered_BT.flatten()
+    chain = ChainAcceptance(batch.tokens_BT, len(slots[0]))
+    attend = DiagonalAttention(settings.attention)
     hidden_BTH = head.fuse(batch.features_BTF)
     losses, accuracies, accepted = [], [], []
     for step, slots_M in enumerate(slots):
@@ -64,17 +57,11 @@ def ttt_loss(head: Eagle3Head, batch: TTTBatch, settings: LossSettings) -> LossR
             covered_M.to(head.lm_head.weight.dtype) / covered_M.sum().clamp(min=1),
         )
         losses.append(loss)
-        with torch.no_grad():
-            accuracies.append((agree_M & covered_M).sum() / covered_M.sum().clamp(min=1))
-            right_P = torch.zeros_like(on_track_P)
-            right_P[slots_M] = head.draft_token_ids[drafted_M] == tokens_P[rows_M + 1]
-            on_track_P &= right_P
-            accepted.append(on_track_P.sum() / max(1, len(slots[0])))
-    losses_K = torch.stack(losses)
-    steps_K = torch.arange(len(losses), device=losses_K.device, dtype=losses_K.dtype)
+        accuracies.append((agree_M & covered_M).sum() / covered_M.sum().clamp(min=1))
+        accepted.append(chain.share(step, slots_M, head.draft_token_ids[drafted_M]))
     return LossResult(
-        loss=(losses_K * settings.decay**steps_K).sum(),
-        losses_K=losses_K.detach().float(),
+        loss=weighted(losses, settings.decay),
+        losses_K=torch.stack(losses).detach().float(),
         accuracy_K=torch.stack(accuracies).float(),
         accepted_K=torch.stack(accepted).float(),
     )

@@ -1,5 +1,6 @@
 """What an objective is told, and what it answers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +19,7 @@ class LossSettings:
         token_weight: of the cross-entropy beside the feature regression (EAGLE-1, HASS).
         feature_noise: half width of the uniform noise on the target's features while
             training (EAGLE-1, HASS).
-        top_k, top_k_weight: tokens and weight of HASS's top-K distillation.
+        top_k, top_k_weight: tokens (0: none) and weight of HASS's top-K distillation.
     """
 
     num_steps: int = 7
@@ -26,8 +27,17 @@ class LossSettings:
     attention: str = "flash"
     token_weight: float = 0.1
     feature_noise: float = 0.0
-    top_k: int = 10
+    top_k: int = 0
     top_k_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps={self.num_steps} must be at least 1")
+        if self.attention not in ("flash", "math"):
+            raise ValueError(f"attention={self.attention!r}: use 'flash' or 'math'")
+        for name in ("decay", "token_weight", "feature_noise", "top_k", "top_k_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass
@@ -50,3 +60,10 @@ class LossResult:
     accuracy_K: torch.Tensor
     accepted_K: torch.Tensor
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def weighted(losses: Sequence[torch.Tensor], decay: float) -> torch.Tensor:
+    """sum over k of decay^k loss_k; decay 0 leaves the first."""
+    losses_K = torch.stack(tuple(losses))
+    steps_K = torch.arange(len(losses), device=losses_K.device, dtype=losses_K.dtype)
+    return (losses_K * decay**steps_K).sum()
