@@ -42,6 +42,12 @@ COMMANDS = (
         "let a target write training data",
         "train",
     ),
+    Command(
+        ("data", "regenerate"),
+        "vllm_eagle3.engine.regenerate",
+        "let a target answer the prompts of conversations anew",
+        "train",
+    ),
     Command(("train",), "vllm_eagle3.train.trainer", "train an EAGLE-3 head", "train"),
     Command(("inspect",), "vllm_eagle3.heads.inspect", "what is a head, and how is it served?"),
     Command(
@@ -82,7 +88,7 @@ COMMANDS = (
         "write a pair of a small model's function and a large one's cost",
     ),
 )
-_GROUPS = {("data",): "make training data", ("bench",): "measure"}
+_GROUPS = {("data",): "make and analyse training data", ("bench",): "measure"}
 
 
 class _CommandParser(argparse.ArgumentParser):

@@ -87,9 +87,10 @@ def test_unreadable_lines_are_named_and_the_others_kept(tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     good = json.dumps({"prompt": "Grüße"}, ensure_ascii=False).encode()
     path.write_bytes(b"\n".join([good, b"", b"{", b'{"prompt": "\xff"}', good]))
-    chats, unreadable = read_chats([path])
+    chats, unreadable, names = read_chats([path])
     assert chats == [Chat(None, ("Grüße",))] * 2
     assert [line.split(":")[0] for line in unreadable] == [f"{path}, line 3", f"{path}, line 4"]
+    assert names == [f"{path}, line 1", f"{path}, line 5"]
     path.write_text("{}\n")
     with pytest.raises(ValueError, match=r"no conversation in .*line 1: needs a key"):
         read_chats([path])

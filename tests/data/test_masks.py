@@ -83,3 +83,11 @@ def test_variables_reach_the_template() -> None:
     tokenizer = byte_tokenizer("{{ mood }}" + CHATML)
     prompt = ChatTemplate(tokenizer, mood="glad").prompt(Chat(None, ("Hi",)))
     assert tokenizer.decode(prompt).startswith("glad<|im_start|>")
+
+
+def test_what_the_template_itself_refuses_is_a_mistake_of_the_conversation() -> None:
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template = ChatTemplate(byte_tokenizer(strict + CHATML))
+    assert template.prompt(Chat(None, ("Hi",)))
+    with pytest.raises(ValueError, match="refuses the conversation: no system"):
+        template.prompt(CHAT)

@@ -11,8 +11,7 @@ from vllm_eagle3.engine.conversation import (
     Conversation,
     Kind,
     draw_temperature,
-    normalised,
-    read_questions,
+    given_questions,
 )
 from vllm_eagle3.engine.synth_config import SynthConfig
 
@@ -71,21 +70,16 @@ def test_an_answer_that_was_cut_ends_the_conversation() -> None:
     assert conversation.document().tokens[-1] == 51
 
 
-def test_questions_come_from_any_of_the_usual_keys(tmp_path: Path) -> None:
+def test_given_questions_are_first_turns_and_every_line_must_read(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     entries = [{"turns": ["One?", "More?"]}, {"question": "Two?"}, {"prompt": "Three?"}]
     path.write_text("\n".join(map(json.dumps, entries)) + "\n\n")
-    assert read_questions(path) == ["One?", "Two?", "Three?"]
-    path.write_text('{"answer": "4"}\n')
-    with pytest.raises(ValueError, match="line 1: needs a key"):
-        read_questions(path)
-    path.write_text("not JSON\n")
-    with pytest.raises(ValueError, match="line 1: not JSON"):
-        read_questions(path)
-
-
-def test_prompts_are_compared_without_case_and_white_space() -> None:
-    assert normalised("What is\n this? ") == normalised("what is this?")
+    assert given_questions([path]) == ["One?", "Two?", "Three?"]
+    assert given_questions([]) == []
+    with path.open("a") as file:
+        file.write("not JSON\n")
+    with pytest.raises(ValueError, match="line 5"):
+        given_questions([path])
 
 
 def test_temperatures_follow_their_weights() -> None:

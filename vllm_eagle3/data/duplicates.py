@@ -48,7 +48,7 @@ class EvaluationSets:
         Raises:
             ValueError: a line cannot be read; left out, its question would go unnoticed.
         """
-        chats, unreadable = read_chats([*bundled_sets(), *paths])
+        chats, unreadable, _ = read_chats([*bundled_sets(), *paths])
         if unreadable:
             raise ValueError(f"an evaluation set is damaged: {unreadable[0]}")
         return cls(question for chat in chats for question in chat.users)

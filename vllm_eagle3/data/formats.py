@@ -57,10 +57,17 @@ class Chat:
 
 
 class ChatFile(NamedTuple):
-    """What a file of conversations holds; ``unreadable`` names each other line and says why."""
+    """What files of conversations hold.
+
+    Attributes:
+        chats: the conversations, in order.
+        unreadable: every other line, by name and with the reason.
+        names: of the conversations, "FILE, line N".
+    """
 
     chats: list[Chat]
     unreadable: list[str]
+    names: list[str]
 
 
 def read_chats(paths: Iterable[str | Path]) -> ChatFile:
@@ -72,20 +79,24 @@ def read_chats(paths: Iterable[str | Path]) -> ChatFile:
     """
     chats: list[Chat] = []
     unreadable: list[str] = []
+    names: list[str] = []
     paths = [Path(path) for path in paths]
     for path in paths:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
+                name = f"{path}, line {number}"
                 try:
                     chats.append(parse_chat(json.loads(line.decode())))
                 except ValueError as error:  # of which JSON's and Unicode's errors are kinds
-                    unreadable.append(f"{path}, line {number}: {error}")
+                    unreadable.append(f"{name}: {error}")
+                else:
+                    names.append(name)
     if not chats:
         first = f" ({unreadable[0]})" if unreadable else ""
         raise ValueError(f"no conversation in {', '.join(map(str, paths))}{first}")
-    return ChatFile(chats, unreadable)
+    return ChatFile(chats, unreadable, names)
 
 
 def parse_chat(entry: Any) -> Chat:

@@ -122,9 +122,14 @@ class ChatTemplate:
         return self._apply(messages, prompt=prompt)
 
     def _apply(self, messages: Sequence[Message], *, prompt: bool) -> str:
-        return self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt, **self._settings
-        )
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt, **self._settings
+            )
+        except TemplateError as error:  # most often: no system message allowed
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
     @staticmethod
     def _cut(text: str, turn: int) -> tuple[str, str]:

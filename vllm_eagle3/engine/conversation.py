@@ -4,7 +4,6 @@ The chat template up to the user's first word makes the model write a user turn;
 template's next piece makes it answer. Plain Python: nothing here runs a model.
 """
 
-import json
 import random
 import re
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vllm_eagle3.corpus import Document
+from vllm_eagle3.data.formats import read_chats
 
 _MARKS = ("⟦user-1⟧", "⟦answer-1⟧", "⟦user-2⟧")
 
@@ -158,36 +158,25 @@ class Conversation:
         return Document(np.array(self.tokens, np.int32), np.array(self.assistant, bool))
 
 
-def read_questions(path: Path) -> list[str]:
-    """User turns of a JSON-lines file: ``turns`` (the first), ``question`` or ``prompt``.
+def given_questions(paths: Iterable[Path]) -> list[str]:
+    """The first user turn of every line of JSON-lines files, in any format of conversations.
 
     Raises:
-        ValueError: a line is not JSON, or has none of those keys.
+        ValueError: a line cannot be read.
     """
-    questions = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        turns = entry.get("turns") or [entry.get("question") or entry.get("prompt")]
-        if not turns[0]:
-            raise ValueError(f"{path}, line {number}: needs a key turns, question or prompt")
-        questions.append(turns[0])
-    return questions
+    paths = list(paths)
+    if not paths:
+        return []
+    chats, unreadable, _ = read_chats(paths)
+    if unreadable:
+        raise ValueError(unreadable[0])
+    return [chat.users[0] for chat in chats]
 
 
 def whole_sentences(text: str) -> str:
     """The text up to the end of its last whole sentence or line; empty if it has none."""
     ends = [match.end() for match in re.finditer(r"[.?!](?=\s|$)|\S(?=\n)", text)]
     return text[: ends[-1]] if ends else ""
-
-
-def normalised(text: str) -> str:
-    """For comparing prompts: case and white space do not count."""
-    return " ".join(text.lower().split())
 
 
 def draw_temperature(rng: random.Random, mix: dict[float, float]) -> float:

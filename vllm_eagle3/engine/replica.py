@@ -1,98 +1,111 @@
-"""One engine of a synthesis, kept full of conversations."""
+"""One engine that is kept full of conversations, whatever they are for."""
 
-import json
 import random
 import time
-from collections import Counter
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle3.corpus import read_shard, write_json, write_shard
-from vllm_eagle3.engine.conversation import (
-    GIVEN,
-    ChatFormat,
-    Conversation,
-    Kind,
-    draw_temperature,
-    normalised,
-    read_questions,
-    whole_sentences,
-)
-from vllm_eagle3.engine.synth_config import SynthConfig
+from vllm_eagle3.corpus import Document, write_json
+from vllm_eagle3.engine.replica_config import ReplicaConfig
+from vllm_eagle3.engine.shard_writer import add_shard, next_shard_path, writing
 
 _DEVICE_SHARE = 0.85  # of the memory, for all replicas together
-
 
 # Small targets fall into loops, which teach a head nothing after the second round. A loop of
 # fewer tokens is found as one of a multiple of its length.
 _LOOP = {"min_pattern_size": 8, "max_pattern_size": 48, "min_count": 3}
 
 
-class Replica:
-    """One engine, kept full of conversations."""
+class Replica(ABC):
+    """One engine; finished conversations go to shards of its own.
+
+    Attributes:
+        finished: documents that no shard holds yet, each with a label for the statistics.
+        tokens: of what this replica has written into shards.
+    """
 
     def __init__(
-        self, target: str, out_dir: Path, config: SynthConfig, index: int, started: float
+        self, target: str, out_dir: Path, config: ReplicaConfig, index: int, started: float
     ) -> None:
         self.target, self.out_dir, self.config, self.index = target, out_dir, config, index
         self.deadline = None if config.minutes is None else started + 60 * config.minutes
-        self.wanted = config.tokens // config.replicas
         self.status_path = out_dir / f"replica-{index:02d}.json"
-        self._resume()
+        self.finished: list[tuple[Any, Document]] = []
+        self.tokens = self.unwritten_tokens = 0
+        self.rng = random.Random(f"{config.seed}/{index}")
+        self.on_report: Callable[[], None] = lambda: None
 
-    def _resume(self) -> None:
-        status = json.loads(self.status_path.read_text()) if self.status_path.is_file() else {}
-        self.shards = list(self.out_dir.glob(f"shard-{self.index:02d}-*.safetensors"))
-        documents = [d for path in self.shards for d in read_shard(path)]
-        self.tokens = sum(len(d.tokens) for d in documents)
-        self.seen = {d.tokens.tobytes() for d in documents}
-        self.kinds = Counter(status.get("documents_by_kind", {}))
-        self.dropped = Counter(status.get("dropped", {}))
-        self.questions_used = status.get("questions_used", 0)
-        self.num_shards = len(self.shards)
-        self.finished: list[tuple[Kind, Any]] = []
-        self.shard_tokens = 0
-        # Every part of an interrupted run draws anew.
-        self.rng = random.Random(f"{self.config.seed}/{self.index}/{self.num_shards}")
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether nothing more is wanted, not even what is in flight."""
+
+    @abstractmethod
+    def prepare(self, tokenizer: Any) -> None:
+        """Called once before the engine starts; what the user can mend is raised here."""
+
+    @abstractmethod
+    def start_next(self) -> bool:
+        """Submit one more conversation; False when there is none."""
+
+    @abstractmethod
+    def advance(self, conversation: Any, completion: Any) -> None:
+        """Take what the engine wrote: submit the next turn, or keep the document."""
+
+    @abstractmethod
+    def status(self) -> dict[str, Any]:
+        """What the progress bar and the metadata read."""
+
+    @abstractmethod
+    def shard_begins(self, path: Path, labels: Sequence[Any]) -> None:
+        """Called before a shard of documents with ``labels`` appears under ``path``."""
+
+    @abstractmethod
+    def shard_written(self, labels: Sequence[Any]) -> None:
+        """Called when it is there."""
 
     def run(self) -> None:
-        if self.tokens >= self.wanted:
+        """Converse until nothing is wanted; an interruption keeps what is finished."""
+        from transformers import AutoTokenizer
+
+        if self.done():
             return
+        self.prepare(AutoTokenizer.from_pretrained(self.target))
         self._start_engine()
         try:
             self._converse()
         finally:
-            # A spawned process waits for its own children before it collects the engine.
-            self.engine.engine_core.shutdown()
+            try:
+                self.write_shard()
+            finally:
+                # A spawned process waits for its own children before it collects the engine.
+                self.engine.engine_core.shutdown()
 
     def _converse(self) -> None:
-        self.running: dict[str, Conversation] = {}
+        self.running: dict[str, Any] = {}
         self.next_id = 0
         reported = time.time()
-        while not self._over():
-            while len(self.running) < self.config.max_num_seqs:
-                self._submit(self._new_conversation())
+        while not (self._late() or self.done()):
+            while len(self.running) < self.config.max_num_seqs and self.start_next():
+                pass
+            if not self.running:
+                return
             for output in self.engine.step():
                 if output.finished:
-                    self._advance(self.running.pop(output.request_id), output.outputs[0])
+                    self.advance(self.running.pop(output.request_id), output.outputs[0])
             if time.time() - reported > 1:
-                self._report()
+                self.report()
                 reported = time.time()
         self.engine.abort_request(list(self.running))
-        self._write_shard()
+
+    def _late(self) -> bool:
+        return self.deadline is not None and time.time() > self.deadline
 
     def _start_engine(self) -> None:
-        from transformers import AutoTokenizer
         from vllm import LLM
 
         config = self.config
-        tokenizer = AutoTokenizer.from_pretrained(self.target)
-        self.form = ChatFormat.from_tokenizer(tokenizer, config.kinds)
-        self.tokenizer = tokenizer
-        self.openings = {kind.opening: self._encode(kind.opening) for kind in config.kinds}
-        self.excluded = {normalised(q) for path in config.exclude for q in read_questions(path)}
-        questions = [q for path in config.prompts for q in read_questions(path)]
-        self.questions = questions[self.index :: config.replicas]
         arguments = {
             "max_num_seqs": config.max_num_seqs,
             "max_model_len": config.max_model_len,
@@ -109,51 +122,25 @@ class Replica:
         self.llm = LLM(self.target, **(arguments | config.engine_args))
         self.engine = self.llm.llm_engine
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
-
-    def _over(self) -> bool:
-        late = self.deadline is not None and time.time() > self.deadline
-        return late or self.tokens + self.shard_tokens >= self.wanted
-
-    def _new_conversation(self) -> Conversation:
-        config, rng = self.config, self.rng
-        turns = 2 if rng.random() < config.second_turns else 1
-        temperature = draw_temperature(rng, config.answer_temperatures)
-        while self.questions_used < len(self.questions) and rng.random() < config.prompts_share:
-            question = self.questions[self.questions_used]
-            self.questions_used += 1
-            if normalised(question) in self.excluded:
-                self.dropped["equal to an excluded prompt"] += 1
-                continue
-            question_ids = self._encode(question)
-            if len(question_ids) > config.max_model_len - config.max_answer_tokens - 128:
-                self.dropped["question too long"] += 1
-                continue
-            conversation = Conversation.start(self.form, GIVEN, [], turns, temperature)
-            conversation.take_user_turn(self.form, question_ids)
-            return conversation
-        kind = rng.choices(config.kinds, [k.weight for k in config.kinds])[0]
-        opening = self.openings[kind.opening]
-        return Conversation.start(self.form, kind, opening, turns, temperature)
-
-    def _submit(self, conversation: Conversation) -> None:
+    def submit(
+        self,
+        conversation: Any,
+        tokens: Sequence[int],
+        *,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        end_of_turn: int | None,
+    ) -> None:
+        """Let the target go on from ``tokens``, up to the model's length or a loop."""
         from vllm import SamplingParams
         from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 
-        config = self.config
-        if conversation.writes_answer:
-            limit, temperature, top_p = config.max_answer_tokens, conversation.temperature, 1.0
-        else:
-            # Short questions and long ones.
-            limit = self.rng.randint(min(16, config.max_user_tokens), config.max_user_tokens)
-            temperature = config.user_temperature
-            top_p = config.user_top_p
         params = SamplingParams(
-            max_tokens=min(limit, config.max_model_len - len(conversation.tokens)),
+            max_tokens=min(max_tokens, self.config.max_model_len - len(tokens)),
             temperature=temperature,
             top_p=top_p,
-            stop_token_ids=[self.form.end_of_turn],
+            stop_token_ids=[] if end_of_turn is None else [end_of_turn],
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             repetition_detection=RepetitionDetectionParams(**_LOOP),
@@ -161,67 +148,32 @@ class Replica:
         request_id = f"{self.index}-{self.next_id}"
         self.next_id += 1
         self.running[request_id] = conversation
-        self.engine.add_request(request_id, {"prompt_token_ids": conversation.tokens}, params)
+        self.engine.add_request(request_id, {"prompt_token_ids": list(tokens)}, params)
 
-    def _advance(self, conversation: Conversation, completion: Any) -> None:
-        tokens = list(completion.token_ids)
-        ended = completion.finish_reason == "stop" and tokens[-1] == self.form.end_of_turn
-        if conversation.writes_answer:
-            goes_on = conversation.take_answer(self.form, tokens)
-            room = self.config.max_model_len - self.config.max_answer_tokens
-            if goes_on and len(conversation.tokens) + self.config.max_user_tokens < room:
-                self._submit(conversation)
-            else:
-                self._keep(conversation)
-            return
-        if ended:
-            tokens = tokens[:-1]
-        else:
-            # A small target seldom ends a user's turn by itself.
-            tokens = self._encode(whole_sentences(self.tokenizer.decode(tokens)))
-        if len(tokens) + len(conversation.user_turn) < 3:
-            self.dropped["empty user turn"] += 1
-        elif normalised(self.tokenizer.decode(conversation.user_turn + tokens)) in self.excluded:
-            self.dropped["equal to an excluded prompt"] += 1
-        else:
-            conversation.take_user_turn(self.form, tokens)
-            self._submit(conversation)
-            return
-        if conversation.turns_done:  # the first turn is whole: keep that
-            self._keep(conversation)
-
-    def _keep(self, conversation: Conversation) -> None:
-        document = conversation.document()
-        key = document.tokens.tobytes()
-        if key in self.seen:
-            self.dropped["duplicate"] += 1
-            return
-        self.seen.add(key)
-        self.finished.append((conversation.kind, document))
-        self.shard_tokens += len(document.tokens)
+    def keep(self, label: Any, document: Document) -> None:
+        """A conversation is finished."""
+        self.finished.append((label, document))
+        self.unwritten_tokens += len(document.tokens)
         if len(self.finished) >= self.config.shard_documents:
-            self._write_shard()
+            self.write_shard()
 
-    def _write_shard(self) -> None:
+    def write_shard(self) -> None:
+        """Write what is finished, and the status."""
         if self.finished:
-            path = self.out_dir / f"shard-{self.index:02d}-{self.num_shards:05d}.safetensors"
-            write_shard(path, [document for _, document in self.finished])
-            self.num_shards += 1
-            self.kinds.update(kind.name for kind, _ in self.finished)
-            self.tokens += self.shard_tokens
-            self.finished, self.shard_tokens = [], 0
-        self._report()
+            path = next_shard_path(self.out_dir, self.index)
+            labels = [label for label, _ in self.finished]
+            self.shard_begins(path, labels)
+            add_shard(path, [document for _, document in self.finished])
+            self.shard_written(labels)
+            self.tokens += self.unwritten_tokens
+            self.finished, self.unwritten_tokens = [], 0
+        self.report()
 
-    def _report(self) -> None:
-        write_json(
-            self.status_path,
-            {
-                "tokens": self.tokens + self.shard_tokens,
-                "documents_by_kind": dict(self.kinds),
-                "dropped": dict(self.dropped),
-                "questions_used": self.questions_used,
-            },
-        )
+    def report(self) -> None:
+        """Write the status where the progress bar finds it."""
+        with writing(self.status_path):
+            write_json(self.status_path, self.status())
+        self.on_report()
 
 
 def _kv_cache_bytes(replicas: int) -> int:

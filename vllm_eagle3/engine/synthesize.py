@@ -6,23 +6,21 @@ shards, so an interrupted run goes on where the last shard ended.
 """
 
 import argparse
-import json
-import multiprocessing
-import os
 import sys
 import time
-import traceback
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle3.corpus import METADATA_FILE, read_shard, shard_paths, write_json, write_shard
-from vllm_eagle3.engine.conversation import read_questions
-from vllm_eagle3.engine.replica import Replica
+from vllm_eagle3.corpus import METADATA_FILE, read_shard, shard_paths, write_json
+from vllm_eagle3.data.duplicates import EvaluationSets
+from vllm_eagle3.engine.conversation import given_questions
+from vllm_eagle3.engine.replica_processes import Progress, raise_failed, run_replicas, statuses
+from vllm_eagle3.engine.shard_writer import add_shard
 from vllm_eagle3.engine.synth_config import SynthConfig, add_arguments, config_from_arguments
-
-_GRACE = 60  # seconds for a replica to stop after the time limit
+from vllm_eagle3.engine.synth_replica import SynthReplica
 
 __all__ = ["SynthConfig", "add_arguments", "run", "synthesize"]
 
@@ -45,75 +43,20 @@ def synthesize(target: str, out_dir: Path, config: SynthConfig | None = None) ->
         RuntimeError: a replica failed.
     """
     config, out_dir = config or SynthConfig(), Path(out_dir)
-    for path in (*config.prompts, *config.exclude):
-        read_questions(path)  # fails here, before any engine starts
+    EvaluationSets.from_files(config.exclude)  # fails here, before any engine starts
+    given_questions(config.prompts)
     out_dir.mkdir(parents=True, exist_ok=True)
     started = time.time()
-    failed: list[int] = []
-    if config.replicas == 1:
-        _replica(target, out_dir, config, 0, started)
-    else:
-        failed = _run_replicas(target, out_dir, config, started)
-    metadata = _finish(target, out_dir, config, time.time() - started)
-    if failed:
-        raise RuntimeError(
-            f"replicas {failed} of the synthesis failed (their messages are above); what was "
-            "written is kept: fix the cause and run the same command again"
-        )
-    return metadata
-
-
-def _run_replicas(target: str, out_dir: Path, config: SynthConfig, started: float) -> list[int]:
-    """Run all replicas to their ends; returns the indices of those that failed."""
-    from tqdm import tqdm
-
-    # spawn: a forked child could not start CUDA once anything here has touched it.
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=_replica_process, args=(target, out_dir, config, index, started))
+    deadline = None if config.minutes is None else started + 60 * config.minutes
+    makers = [
+        partial(SynthReplica, target, out_dir, config, index, started)
         for index in range(config.replicas)
     ]
-    for worker in workers:
-        worker.start()
-    bar = tqdm(total=config.tokens, unit="tok", unit_scale=True, desc="synthesis")
-    while any(worker.is_alive() for worker in workers):
-        time.sleep(1)
-        done = sum(status.get("tokens", 0) for status in _statuses(out_dir))
-        bar.update(done - bar.n)
-        if config.minutes is not None and time.time() > started + 60 * config.minutes + _GRACE:
-            for worker in workers:
-                worker.kill()  # shards are written whole or not at all
-    bar.close()
-    return [i for i, worker in enumerate(workers) if worker.exitcode != 0]
-
-
-def _replica(target: str, out_dir: Path, config: SynthConfig, index: int, started: float) -> None:
-    Replica(target, out_dir, config, index, started).run()
-
-
-def _replica_process(*args: Any) -> None:
-    """A replica in a process of its own, ended at once when its shards are written.
-
-    Interpreter shutdown waits for the engine's threads and children, which can take longer
-    than the work.
-    """
-    import psutil
-
-    try:
-        _replica(*args)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    else:
-        code = 0
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _statuses(out_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(out_dir.glob("replica-*.json"))]
+    progress = Progress(out_dir, "synthesis", "tokens", config.tokens)
+    failed = run_replicas(makers, progress, deadline)
+    metadata = _finish(target, out_dir, config, time.time() - started)
+    raise_failed(failed)
+    return metadata
 
 
 def _finish(target: str, out_dir: Path, config: SynthConfig, seconds: float) -> dict[str, Any]:
@@ -130,13 +73,13 @@ def _finish(target: str, out_dir: Path, config: SynthConfig, seconds: float) -> 
         if not kept:
             path.unlink()
         elif len(kept) < len(shard):
-            write_shard(path, kept)
+            add_shard(path, kept)
         duplicates += len(shard) - len(kept)
         documents += len(kept)
         tokens += sum(len(d.tokens) for d in kept)
         assistant += int(sum(d.assistant.sum() for d in kept))
     kinds, dropped = Counter(), Counter({"duplicate across replicas": duplicates})
-    for status in _statuses(out_dir):
+    for status in statuses(out_dir):
         kinds.update(status["documents_by_kind"])
         dropped.update(status["dropped"])
     settings = asdict(config) | {
