@@ -1,11 +1,14 @@
 """A small random target and head, and documents for them."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from vllm_eagle3.corpus import Document
 from vllm_eagle3.train.features import Target
-from vllm_eagle3.train.model import Eagle3Head, HeadConfig
+from vllm_eagle3.train.model import Eagle3Head
+from vllm_eagle3.train.objectives import OBJECTIVES, Objective
 
 VOCABULARY = 96
 
@@ -34,12 +37,19 @@ def llama(**changes: object) -> torch.nn.Module:
 
 
 def pair(dtype: torch.dtype, draft_vocab_size: int = 64) -> tuple[Target, Eagle3Head]:
+    return head_for(OBJECTIVES["eagle3"], dtype, draft_vocab_size)
+
+
+def head_for(
+    objective: Objective, dtype: torch.dtype, draft_vocab_size: int = 64
+) -> tuple[Target, Any]:
+    """A target and a random head, every weight of which matters."""
     model = llama().to(dtype)
-    config = HeadConfig.from_target(model.config, draft_vocab_size)
+    config = objective.head_config(model.config, draft_vocab_size)
     target = Target(model, config.aux_layer_ids)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randperm(VOCABULARY, generator=generator)[:draft_vocab_size].sort().values
-    head = Eagle3Head(config, target.embedding, ids).to(dtype)
+    ids = torch.randperm(VOCABULARY, generator=generator)[: config.draft_vocab_size].sort().values
+    head = objective.make_head(config, target, ids).to(dtype)
     with torch.no_grad():
         for weight in head.parameters():
             noise = torch.randn(weight.shape, generator=generator, dtype=dtype)

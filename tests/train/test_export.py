@@ -1,0 +1,77 @@
+"""Heads of every kind on disk: what they compute, and what their files say they are."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train import small
+from vllm_eagle3.heads.checkpoint import Checkpoint
+from vllm_eagle3.heads.description import EAGLE1, EAGLE3, EAGLE31, describe
+from vllm_eagle3.train.data import epoch_batches
+from vllm_eagle3.train.export import export, load_head
+from vllm_eagle3.train.objectives import OBJECTIVES
+
+KINDS = {
+    "eagle3": EAGLE3,
+    "eagle3.1": EAGLE31,
+    "eagle3-top": EAGLE3,
+    "eagle1": EAGLE1,
+    "hass": EAGLE1,
+}
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_a_loaded_head_computes_what_the_exported_one_did(name: str, tmp_path: Path) -> None:
+    objective = OBJECTIVES[name]
+    target, head = small.head_for(objective, torch.float32)
+    tokens = next(epoch_batches(small.documents(4), 512, 64, seed=0))
+    batch = objective.read(target, tokens, head)
+    path = export(head, tmp_path, dtype="float32")
+    loaded = load_head(path, target.embedding, target.output_matrix)
+    assert loaded.config == head.config
+    with torch.no_grad():
+        expected = objective.loss(head, batch, objective.settings)
+        result = objective.loss(loaded, batch, objective.settings)
+    torch.testing.assert_close(result.losses_K, expected.losses_K)
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_a_heads_files_leave_no_convention_open(name: str, tmp_path: Path) -> None:
+    _, head = small.head_for(OBJECTIVES[name], torch.float32)
+    # Without a target to compare with, and with a rotary base that is not everybody's.
+    found = describe(Checkpoint.open(export(head, tmp_path)))
+    assert found.kind == KINDS[name]
+    assert not found.problems
+    assert found.rotary.value == head.config.rope_theta == 20000.0
+    assert found.norm_output.value == head.config.norm_output
+    assert found.fc_norm == head.config.fc_norm
+    if found.kind != EAGLE1:
+        assert found.layers_entered == head.config.aux_layer_ids
+        assert found.num_captured == len(head.config.aux_layer_ids)
+        assert found.vocabulary.size == 64
+    weights = load_file(tmp_path / "model.safetensors")
+    assert all(w.dtype == torch.bfloat16 for w in weights.values() if w.is_floating_point())
+
+
+def test_an_eagle1_head_has_neither_vocabulary_nor_output_matrix(tmp_path: Path) -> None:
+    target, head = small.head_for(OBJECTIVES["eagle1"], torch.float32)
+    names = set(load_file(export(head, tmp_path) / "model.safetensors"))
+    layer = "layers.0"
+    assert names == {
+        "fc.weight",
+        *(f"{layer}.self_attn.{p}_proj.weight" for p in "qkvo"),
+        *(f"{layer}.mlp.{p}_proj.weight" for p in ("gate", "up", "down")),
+        f"{layer}.post_attention_layernorm.weight",
+    }
+    with pytest.raises(ValueError, match="needs the target's output matrix"):
+        load_head(tmp_path, target.embedding)
+
+
+def test_what_is_no_head_of_this_target_is_refused(tmp_path: Path) -> None:
+    target, head = small.pair(torch.float32)
+    with pytest.raises(ValueError, match=r"config\.json and model\.safetensors"):
+        load_head(tmp_path, target.embedding)
+    with pytest.raises(ValueError, match=r"\(96, 32\), this target has \(96, 31\)"):
+        load_head(export(head, tmp_path), target.embedding[:, 1:])
