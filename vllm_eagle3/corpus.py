@@ -39,8 +39,11 @@ def write_shard(path: Path, documents: Sequence[Document]) -> None:
         "assistant": np.concatenate([d.assistant for d in documents]).astype(np.uint8),
     }
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(arrays, scratch)
-    os.replace(scratch, path)
+    try:
+        save_file(arrays, scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)  # of a write that a full disk ended
 
 
 def read_shard(path: Path) -> list[Document]:
@@ -56,9 +59,16 @@ def read_shard(path: Path) -> list[Document]:
         arrays = load_file(path)
         tokens, offsets = arrays["tokens"], arrays["offsets"]
         assistant = arrays["assistant"].astype(bool)
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"{path} is not a shard of training data ({error}): delete it") from error
-    if offsets[-1] != len(tokens) or len(tokens) != len(assistant):
+    whole = (
+        len(offsets) > 0
+        and offsets[0] == 0
+        and offsets[-1] == len(tokens) == len(assistant)
+        and (np.diff(offsets) > 0).all()
+        and tokens.min(initial=0) >= 0
+    )
+    if not whole:
         raise ValueError(f"the arrays of {path} do not match: delete it")
     return [Document(tokens[start:end], assistant[start:end]) for start, end in pairwise(offsets)]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from tests.train import small
 from vllm_eagle3.corpus import Document, read_corpus, read_shard, write_shard
@@ -62,6 +63,15 @@ def test_shards_read_back_and_a_truncated_one_is_refused(tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="is not a shard"):
         read_shard(path)
+
+
+@pytest.mark.parametrize("offsets", [[0, 9, 5, 12], [1, 12], [0, 13], []])
+def test_a_shard_whose_arrays_do_not_match_is_named(tmp_path: Path, offsets: list[int]) -> None:
+    path = tmp_path / "shard-00-00007.safetensors"
+    arrays = {"tokens": np.arange(12, dtype=np.int32), "assistant": np.ones(12, np.uint8)}
+    save_file(arrays | {"offsets": np.array(offsets, dtype=np.int64)}, path)
+    with pytest.raises(ValueError, match=r"shard-00-00007\.safetensors do not match"):
+        read_corpus(tmp_path)
 
 
 def test_no_shards_names_the_command_that_makes_some(tmp_path: Path) -> None:

@@ -1,18 +1,22 @@
 """The whole loop on a small target: it learns, resumes, and exports what it trained."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.train import small
-from vllm_eagle3.corpus import write_shard
+from vllm_eagle3.corpus import Document, write_shard
 from vllm_eagle3.train import trainer
 from vllm_eagle3.train.data import epoch_batches
 from vllm_eagle3.train.export import export, load_head
 from vllm_eagle3.train.model import HeadConfig, captured_layers
+from vllm_eagle3.train.objectives import OBJECTIVES
 from vllm_eagle3.train.trainer import TrainConfig, train
 from vllm_eagle3.train.ttt import ttt_loss
 
@@ -57,7 +61,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
     setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(out: Path, resume: bool = False) -> dict[str, torch.Tensor]:
-        config = TrainConfig(**CONFIG, steps=6, save_every=1)
+        config = TrainConfig(**CONFIG, steps=6, save_every=1, log_every=1)
         train(str(setup / "target"), setup / "data", out, config, "cpu", resume)
         return torch.load(out / "training_state.pt", weights_only=True)
 
@@ -77,6 +81,131 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
     assert resumed["progress"]["step"] == whole["progress"]["step"] == 6
     for name, weight in whole["head"].items():
         assert torch.equal(weight, resumed["head"][name]), name
+    assert torch.equal(whole["random"][0]["torch"], resumed["random"][0]["torch"])
+    # The log reads like that of an unbroken run, with one start more.
+    steps = [entry["step"] for entry in log(tmp_path / "broken", "step")]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert len(log(tmp_path / "broken", "start")) == 2
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"recompute": True}])
+def test_what_saves_memory_changes_no_result(setup: Path, tmp_path: Path, changes: dict) -> None:
+    """Parts of equal batches add up to the same step; recomputed activations are the same."""
+
+    def losses(name: str, **settings: object) -> list[float]:
+        config = TrainConfig(**CONFIG | {"log_every": 1, "steps": 3} | settings)
+        train(setup / "target", setup / "data", tmp_path / name, config, "cpu")
+        return [entry["loss"] for entry in log(tmp_path / name, "step")]
+
+    plain = losses("plain")
+    assert len(plain) == 3
+    if "accumulate" in changes:
+        # Other batches, so other losses; what they learn is alike.
+        assert losses("changed", **changes) == pytest.approx(plain, rel=0.15)
+    else:
+        assert losses("changed", **changes) == plain
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
+    setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = trainer._Trainer._forward
+
+    def broken_at_the_third_step(self, *args):
+        result = forward(self, *args)
+        if self.step == 2:
+            result.loss = result.loss * float("nan")
+        return result
+
+    config = TrainConfig(**CONFIG, steps=4, save_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Trainer, "_forward", broken_at_the_third_step)
+        with pytest.raises(ValueError, match=r"step 3 .*--learning-rate.*step 2 with --resume"):
+            train(setup / "target", setup / "data", tmp_path, config, "cpu")
+    lower = TrainConfig(**CONFIG | {"learning_rate": 1e-4}, steps=4, save_every=1)
+    train(setup / "target", setup / "data", tmp_path, lower, "cpu", resume=True)
+    state = torch.load(tmp_path / "training_state.pt", weights_only=True)
+    assert state["progress"]["step"] == 4
+    assert all(w.isfinite().all() for w in state["head"].values() if w.is_floating_point())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_trains_resumes_and_is_written(
+    setup: Path, tmp_path: Path, objective: str
+) -> None:
+    for steps in (1, 2):
+        settings = CONFIG | {"num_ttt_steps": None, "objective": objective, "log_every": 1}
+        config = TrainConfig(**settings, steps=steps)
+        train(setup / "target", setup / "data", tmp_path, config, "cpu", resume=steps > 1)
+    assert [entry["step"] for entry in log(tmp_path, "step")] == [1, 2]
+    assert OBJECTIVES[objective].title in (tmp_path / "README.md").read_text()
+
+
+def test_an_unknown_objective_is_refused() -> None:
+    with pytest.raises(ValueError, match="objective='eagle2'.*eagle3"):
+        TrainConfig(objective="eagle2")
+
+
+def test_ten_steps_give_the_stored_losses(setup: Path, tmp_path: Path) -> None:
+    """A change of these numbers is a change of what training computes: say so in the commit."""
+    config = TrainConfig(**CONFIG, steps=10, log_every=1)
+    train(setup / "target", setup / "data", tmp_path, config, "cpu")
+    stored = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
+    assert [e["loss"] for e in log(tmp_path, "step")] == pytest.approx(stored["loss"], rel=2e-3)
+    assert log(tmp_path, "evaluation")[-1]["losses"] == pytest.approx(stored["held_out"], rel=2e-3)
+
+
+def test_the_log_tells_speed_memory_and_what_acceptance_to_expect(
+    setup: Path, tmp_path: Path
+) -> None:
+    settings = CONFIG | {"eval_documents": 1, "eval_chain": 2, "eval_tree": (6, 2, 4)}
+    config = TrainConfig(**settings, steps=2, log_every=1)
+    train(setup / "target", setup / "data", tmp_path, config, "cpu")
+    step = log(tmp_path, "step")[-1]
+    assert step["tokens_per_second"] > 0
+    assert step["eta_seconds"] == 0
+    assert step["peak_memory_gib"] > 0
+    predicted = log(tmp_path, "evaluation")[-1]["predicted"]
+    assert set(predicted) == {"chain of 2", "tree of 6, 2, 4"}
+    for prediction in predicted.values():
+        assert set(prediction["tau"]) == {"T=0", "T=1"}
+        assert len(prediction["accepted"]["T=1"]) == 2
+    assert "tree of 6, 2, 4" in (tmp_path / "README.md").read_text()
+
+
+def test_data_of_another_target_is_refused(setup: Path, tmp_path: Path) -> None:
+    tokens = np.array([3, 4, small.VOCABULARY, 5])
+    write_shard(tmp_path / "shard-0.safetensors", [Document(tokens, tokens > 3)] * 3)
+    with pytest.raises(ValueError, match="written for another target"):
+        train(setup / "target", tmp_path, tmp_path / "out", TrainConfig(**CONFIG), "cpu")
+
+
+def test_tensorboard_is_written_or_its_absence_named(
+    setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            written.append(folder)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, step))
+
+        def close(self) -> None:
+            written.append("closed")
+
+    config = TrainConfig(**CONFIG, steps=1, log_every=1, tensorboard=True)
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
+    )
+    train(setup / "target", setup / "data", tmp_path, config, "cpu")
+    assert ("step/loss", 1) in written
+    assert ("evaluation/losses/3", 1) in written
+    assert written[-1] == "closed"
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="pip install tensorboard"):
+        train(setup / "target", setup / "data", tmp_path, config, "cpu")
 
 
 def test_a_state_of_another_shape_is_refused(setup: Path, tmp_path: Path) -> None:

@@ -30,19 +30,19 @@ def model_card(facts: dict[str, Any], data_dir: Path) -> str:
     return f"""---
 license: apache-2.0
 library_name: vllm
-tags: [eagle3, speculative-decoding]
+tags: [{facts["method"]}, speculative-decoding]
 ---
 
-# EAGLE-3 head for {name}
+# {facts["title"]} head for {name}
 
 A draft head for speculative decoding, trained with `vllm-eagle3 train`. vLLM loads it with
-`"method": "eagle3"`, as a chain or (with the plugin `vllm-eagle3`) as a dynamic tree.
+`"method": "{facts["method"]}"`, as a chain or (with the plugin `vllm-eagle3`) as a dynamic tree.
 
 ## Data
 
 Written by the target itself: {data.get("description", "user turns and answers.")}
 {facts["documents"]:,} documents, {facts["tokens"]:,} tokens, of which the assistant wrote
-{facts["assistant_tokens"]:,}. Draft vocabulary: the {config["draft_vocab_size"]:,} most frequent
+{facts["assistant_tokens"]:,}. Draft vocabulary: the {facts["draft_vocab_size"]:,} most frequent
 of those, {100 * facts["coverage"]:.2f} % of what the assistant wrote.
 {_counts(data)}
 ## Training
@@ -50,7 +50,7 @@ of those, {100 * facts["coverage"]:.2f} % of what the assistant wrote.
 Training-time test with {config["num_ttt_steps"]} steps, decay {config["ttt_decay"]}; AdamW,
 peak learning rate {config["learning_rate"]:g}, clip {config["clip"]}, about
 {config["batch_tokens"]:,} tokens a step; {facts["steps"]:,} steps, {facts["tokens_seen"]:,} tokens
-seen, {facts["seconds"] / 60:.1f} minutes on {facts["device"]}, seed {config["seed"]}.
+seen, {facts["seconds"] / 60:.1f} minutes on {facts["processes"]} x {facts["device"]}, seed {config["seed"]}.
 
 ## Held-out measures
 
@@ -62,10 +62,27 @@ On documents kept out of training (sampled text, every position as the root):
 
 A greedy chain of {len(evaluation["accepted"])} drafts would emit
 {evaluation["chain_tau"]:.2f} tokens for each forward pass of the target on this text.
-
+{_predictions(evaluation["predicted"])}
 ## Licence
 
 Apache-2.0, for these weights; {name} has a licence of its own.
+"""
+
+
+def _predictions(predicted: dict[str, Any]) -> str:
+    if not predicted:
+        return ""
+    rows = "\n".join(
+        f"| {name} | {p['tau']['T=0']:.2f} | {p['tau']['T=1']:.2f} | {p['roots']:,} |"
+        for name, p in predicted.items()
+    )
+    return f"""
+Predicted mean acceptance lengths (tokens for each forward of the target), from drafts below
+the roots that a server would use, verified by the target:
+
+| drafts | temperature 0 | temperature 1 | roots |
+|---|---|---|---|
+{rows}
 """
 
 

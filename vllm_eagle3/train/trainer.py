@@ -247,6 +247,9 @@ class _Trainer:
         facts = {
             # The name alone: a card is shared, a path is this machine's.
             "target": Path(self.target_name).name,
+            "title": self.objective.title,
+            "method": self.objective.method,
+            "draft_vocab_size": len(self.head.d2t),
             "documents": len(self.documents),
             "tokens": sum(len(d.tokens) for d in self.documents),
             "assistant_tokens": int(sum(d.assistant.sum() for d in self.documents)),
