@@ -142,7 +142,7 @@ def test_every_objective_trains_resumes_and_is_written(
 
 
 def test_an_unknown_objective_is_refused() -> None:
-    with pytest.raises(ValueError, match="objective='eagle2'.*eagle3"):
+    with pytest.raises(ValueError, match=r"objective='eagle2'.*eagle3"):
         TrainConfig(objective="eagle2")
 
 

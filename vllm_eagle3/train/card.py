@@ -50,7 +50,8 @@ of those, {100 * facts["coverage"]:.2f} % of what the assistant wrote.
 Training-time test with {config["num_ttt_steps"]} steps, decay {config["ttt_decay"]}; AdamW,
 peak learning rate {config["learning_rate"]:g}, clip {config["clip"]}, about
 {config["batch_tokens"]:,} tokens a step; {facts["steps"]:,} steps, {facts["tokens_seen"]:,} tokens
-seen, {facts["seconds"] / 60:.1f} minutes on {facts["processes"]} x {facts["device"]}, seed {config["seed"]}.
+seen, {facts["seconds"] / 60:.1f} minutes on {facts["processes"]} x {facts["device"]},
+seed {config["seed"]}.
 
 ## Held-out measures
 
