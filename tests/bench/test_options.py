@@ -1,0 +1,40 @@
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_eagle3.bench.options import check_positive, recorded, select
+
+
+def options(**given):
+    return argparse.Namespace(**({"chain": [], "tree": []} | given))
+
+
+def test_what_is_selected_has_the_order_of_a_table():
+    names = [c.name for c in select(options(chain=[3, 5], tree=["15/4/8"]), plain=True)]
+    assert names == ["plain", "chain-3", "chain-5", "tree-15-4-8"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({}, "nothing to measure"), ({"tree": ["15/4/8", "15/4/8"]}, "name each one once")],
+)
+def test_what_cannot_be_compared_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        select(options(**given), plain=False)
+
+
+def test_the_first_option_below_one_is_named():
+    check_positive(options(repeats=1, max_tokens=2), "repeats", "max_tokens")
+    with pytest.raises(ValueError, match="--max-tokens must be at least 1"):
+        check_positive(options(repeats=1, max_tokens=0), "repeats", "max_tokens")
+
+
+def test_options_are_recorded_as_json_can_hold_them():
+    given = options(output=Path("r.json"), engine={"seed": 1}, dtype=None, data=["a"], run=print)
+    assert json.loads(json.dumps(recorded(given))) == {
+        "chain": [],
+        "tree": [],
+        "engine": {"seed": 1},
+    }
