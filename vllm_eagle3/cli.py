@@ -48,6 +48,12 @@ COMMANDS = (
         "let a target answer the prompts of conversations anew",
         "train",
     ),
+    Command(
+        ("data", "analyse"),
+        "vllm_eagle3.data.analyse",
+        "what is in training data, and does it resemble your traffic?",
+        "train",
+    ),
     Command(("train",), "vllm_eagle3.train.trainer", "train an EAGLE-3 head", "train"),
     Command(("inspect",), "vllm_eagle3.heads.inspect", "what is a head, and how is it served?"),
     Command(
