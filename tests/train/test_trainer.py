@@ -106,6 +106,20 @@ def test_what_saves_memory_changes_no_result(setup: Path, tmp_path: Path, change
         assert losses("changed", **changes) == plain
 
 
+def test_packed_documents_train_in_fewer_tokens(setup: Path, tmp_path: Path) -> None:
+    tokens = {}
+    for packing in (False, True):
+        out = tmp_path / str(packing)
+        settings = CONFIG | {"max_length": 128, "epochs": 4, "eval_documents": 1}
+        train(
+            setup / "target", setup / "data", out, TrainConfig(**settings, packing=packing), "cpu"
+        )
+        tokens[packing] = json.loads((out / "training.json").read_text())["tokens_seen"]
+        evaluations = log(out, "evaluation")
+        assert evaluations[-1]["losses"][0] < 4.5
+    assert tokens[True] < 0.7 * tokens[False]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
     setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

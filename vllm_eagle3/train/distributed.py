@@ -65,6 +65,11 @@ class World:
             self.from_main_(tensor)
 
 
+def is_main_process() -> bool:
+    """Whether of the processes that ``torchrun`` started, if any, this is the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joined(device: str | None) -> Iterator[tuple[World, torch.device]]:
     """Join the processes that ``torchrun`` started, if it started this one.

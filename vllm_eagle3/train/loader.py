@@ -17,6 +17,7 @@ import torch
 from vllm_eagle3.corpus import Document
 from vllm_eagle3.train.data import TokenBatch, epoch_batches
 from vllm_eagle3.train.distributed import World
+from vllm_eagle3.train.packing import packed_batches
 from vllm_eagle3.train.settings import TrainConfig
 
 
@@ -37,11 +38,21 @@ class StepBatches:
 class Loader:
     """The steps of a run, for one process.
 
+    Args:
+        num_draft_steps: of the objective; packed documents keep their distance by it.
+
     Raises:
         ValueError: ``batch_tokens`` is less than one token for each part of a step.
     """
 
-    def __init__(self, documents: Sequence[Document], config: TrainConfig, world: World) -> None:
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        config: TrainConfig,
+        world: World,
+        num_draft_steps: int = 7,
+    ) -> None:
+        self.num_draft_steps = num_draft_steps
         self.documents, self.config, self.world = documents, config, world
         self.group = world.size * config.accumulate
         self.part_tokens = config.batch_tokens // self.group
@@ -80,6 +91,8 @@ class Loader:
 
     def _epoch(self, index: int) -> Iterator[TokenBatch]:
         config = self.config
-        return epoch_batches(
-            self.documents, self.part_tokens, config.max_length, config.seed * 1000 + index
-        )
+        sizes = self.documents, self.part_tokens, config.max_length
+        seed = config.seed * 1000 + index
+        if config.packing:
+            return packed_batches(*sizes, self.num_draft_steps, seed)
+        return epoch_batches(*sizes, seed)

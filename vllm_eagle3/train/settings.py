@@ -27,6 +27,7 @@ class TrainConfig:
             all parts of an accumulated step: the recipe stays the same on more GPUs.
         accumulate: parts that an optimiser step is read in; more of them need less memory.
         max_length: longer documents are cut.
+        packing: several documents in a row of ``max_length``, in place of padding.
         epochs: passes over the data, at most.
         steps: optimiser steps, at most; None for no limit.
         minutes: wall-clock limit; the schedule ends with it. None for no limit.
@@ -49,6 +50,7 @@ class TrainConfig:
     batch_tokens: int = 32768
     accumulate: int = 1
     max_length: int = 2048
+    packing: bool = False
     epochs: int = 3
     steps: int | None = None
     minutes: float | None = None
@@ -167,6 +169,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("seed", int, "of the order and the weights")
     add("attention", str, "flash or math")
     for name, text in (
+        ("packing", "several documents in a row of --max-length, in place of padding"),
         ("recompute", "compute the MLP's activations again instead of keeping them"),
         ("tensorboard", "write TensorBoard's events too"),
     ):

@@ -14,13 +14,14 @@ from vllm_eagle3.train import checkpoints
 from vllm_eagle3.train.card import model_card
 from vllm_eagle3.train.clock import Clock
 from vllm_eagle3.train.data import TokenBatch, check_tokens, split_held_out
-from vllm_eagle3.train.distributed import World, joined
+from vllm_eagle3.train.distributed import World, is_main_process, joined
 from vllm_eagle3.train.evaluation import Evaluation, evaluate
 from vllm_eagle3.train.export import export
 from vllm_eagle3.train.features import FeatureBatch, Target, load_target
 from vllm_eagle3.train.loader import Loader, StepBatches
 from vllm_eagle3.train.logs import RunLog, peak_memory_gib, rounded
 from vllm_eagle3.train.objectives import OBJECTIVES, LossResult, LossSettings
+from vllm_eagle3.train.packing import Packing
 from vllm_eagle3.train.recompute import recompute_mlps
 from vllm_eagle3.train.settings import TrainConfig, add_arguments, config_from_arguments
 from vllm_eagle3.train.vocabulary import frequent_tokens
@@ -33,7 +34,9 @@ __all__ = ["TrainConfig", "add_arguments", "run", "train"]
 def run(args: argparse.Namespace) -> None:
     """The command ``vllm-eagle3 train``."""
     config = config_from_arguments(args)
-    print(f"wrote {train(args.target, args.data, args.out, config, args.device, args.resume)}")
+    out_dir = train(args.target, args.data, args.out, config, args.device, args.resume)
+    if is_main_process():
+        print(f"wrote {out_dir}")
 
 
 def train(
@@ -107,7 +110,8 @@ class _Trainer:
             weight_decay=0.0,
             fused=device.type == "cuda",
         )
-        self.loader = Loader(self.documents, config, world)
+        self.packing = Packing(model.model, self.head)
+        self.loader = Loader(self.documents, config, world, self.settings.num_steps)
         self.step = self.tokens_seen = 0
         self.saved_step: int | None = None
         self.clock = Clock(config.minutes, world, device)
@@ -120,7 +124,8 @@ class _Trainer:
             self.log.rewind(self.step)
         else:
             sample = self.loader.first().to(self.device)
-            self.objective.initialise(self.head, self.target, self._read(sample))
+            with self.packing.of(sample):
+                self.objective.initialise(self.head, self.target, self._read(sample))
         self.world.share_weights(self.head)
         self.log.write(
             "start",
@@ -175,7 +180,8 @@ class _Trainer:
         return measures, grad_norm
 
     def _forward(self, batch: TokenBatch, settings: LossSettings | None = None) -> LossResult:
-        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+        half = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
+        with self.packing.of(batch), half:
             return self.objective.loss(self.head, self._read(batch), settings or self.settings)
 
     def _read(self, batch: TokenBatch) -> FeatureBatch:
