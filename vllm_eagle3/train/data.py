@@ -2,7 +2,7 @@
 
 Padding on the right needs no attention mask: no slot of a document sees a later one, and
 the loss skips padding. Documents are sorted by length within a shuffled window, which
-keeps the padding low (a tenth with documents of 170 tokens), and the batches are shuffled again.
+keeps the padding low (a fifth, at 190 tokens a document), and the batches are shuffled again.
 :mod:`vllm_eagle3.train.packing` makes rows without padding.
 """
 
