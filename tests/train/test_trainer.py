@@ -1,6 +1,8 @@
 """The whole loop on a small target: it learns, resumes, and exports what it trained."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,6 +88,26 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
     steps = [entry["step"] for entry in log(tmp_path / "broken", "step")]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert len(log(tmp_path / "broken", "start")) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_with_its_state_on_the_disk(
+    setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    optimise = trainer._Trainer._optimise
+
+    def signalled_in_the_second_step(self, batches, progress):
+        if self.step == 1:
+            os.kill(os.getpid(), number)
+        return optimise(self, batches, progress)
+
+    monkeypatch.setattr(trainer._Trainer, "_optimise", signalled_in_the_second_step)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train(setup / "target", setup / "data", tmp_path, TrainConfig(**CONFIG, steps=6), "cpu")
+    state = torch.load(tmp_path / "training_state.pt", weights_only=True)
+    assert state["progress"]["step"] == 2
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"recompute": True}])

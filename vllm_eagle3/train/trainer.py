@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from vllm_eagle3.corpus import read_corpus, write_json
-from vllm_eagle3.train import checkpoints
+from vllm_eagle3.train import checkpoints, interruption
 from vllm_eagle3.train.card import model_card
 from vllm_eagle3.train.clock import Clock
 from vllm_eagle3.train.data import TokenBatch, check_tokens, split_held_out
@@ -145,20 +145,29 @@ class _Trainer:
 
     def _loop(self) -> None:
         self.clock.start(self.step, self.tokens_seen, self.loader.num_steps())
-        for batches in self.loader.steps(self.step, self.device):
-            progress = self.clock.progress(self.step)
-            if progress >= 1:
-                break
-            measures, grad_norm = self._optimise(batches, progress)
-            self.step += 1
-            self.tokens_seen += batches.num_tokens
-            if self.step % self.config.log_every == 0:
-                self._log_step(measures, grad_norm, progress)
-            self.log.advance(progress, self.tokens_seen)
-            if self.step % self.config.eval_every == 0:
-                self._evaluate()
-            if self.step % self.config.save_every == 0:
-                self._save_state()
+        # Several processes would note a signal at different steps, and wait for each other.
+        with interruption.noted(self.world.size == 1) as interrupted:
+            for batches in self.loader.steps(self.step, self.device):
+                progress = self.clock.progress(self.step)
+                if progress >= 1:
+                    break
+                self._step(batches, progress)
+                if interrupted():
+                    self._save_state()
+                    self.log.write("interrupted", step=self.step)
+                    raise KeyboardInterrupt
+
+    def _step(self, batches: StepBatches, progress: float) -> None:
+        measures, grad_norm = self._optimise(batches, progress)
+        self.step += 1
+        self.tokens_seen += batches.num_tokens
+        if self.step % self.config.log_every == 0:
+            self._log_step(measures, grad_norm, progress)
+        self.log.advance(progress, self.tokens_seen)
+        if self.step % self.config.eval_every == 0:
+            self._evaluate()
+        if self.step % self.config.save_every == 0:
+            self._save_state()
 
     def _optimise(self, batches: StepBatches, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One step: the measures of this process's share of the step, and the gradient's norm."""
