@@ -17,6 +17,7 @@ from vllm_eagle3.corpus import Document, write_shard
 from vllm_eagle3.train import trainer
 from vllm_eagle3.train.data import epoch_batches
 from vllm_eagle3.train.export import export, load_head
+from vllm_eagle3.train.learner import Learner
 from vllm_eagle3.train.model import HeadConfig, captured_layers
 from vllm_eagle3.train.objectives import OBJECTIVES
 from vllm_eagle3.train.trainer import TrainConfig, train
@@ -68,15 +69,15 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
         return torch.load(out / "training_state.pt", weights_only=True)
 
     whole = run(tmp_path / "whole")
-    optimise = trainer._Trainer._optimise
+    step = trainer._Trainer._step
 
     def killed_at_the_fourth_step(self, batches, progress):
         if self.step == 3:
             raise KeyboardInterrupt
-        return optimise(self, batches, progress)
+        return step(self, batches, progress)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Trainer, "_optimise", killed_at_the_fourth_step)
+        patch.setattr(trainer._Trainer, "_step", killed_at_the_fourth_step)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "broken")
     resumed = run(tmp_path / "broken", resume=True)
@@ -94,14 +95,14 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
 def test_a_signal_ends_the_run_after_the_step_with_its_state_on_the_disk(
     setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    optimise = trainer._Trainer._optimise
+    step = trainer._Trainer._step
 
     def signalled_in_the_second_step(self, batches, progress):
         if self.step == 1:
             os.kill(os.getpid(), number)
-        return optimise(self, batches, progress)
+        return step(self, batches, progress)
 
-    monkeypatch.setattr(trainer._Trainer, "_optimise", signalled_in_the_second_step)
+    monkeypatch.setattr(trainer._Trainer, "_step", signalled_in_the_second_step)
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         train(setup / "target", setup / "data", tmp_path, TrainConfig(**CONFIG, steps=6), "cpu")
@@ -145,17 +146,18 @@ def test_packed_documents_train_in_fewer_tokens(setup: Path, tmp_path: Path) -> 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(
     setup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = trainer._Trainer._forward
+    forward, calls = Learner._forward, []
 
     def broken_at_the_third_step(self, *args):
         result = forward(self, *args)
-        if self.step == 2:
+        calls.append(args)
+        if len(calls) == 3:
             result.loss = result.loss * float("nan")
         return result
 
     config = TrainConfig(**CONFIG, steps=4, save_every=1)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Trainer, "_forward", broken_at_the_third_step)
+        patch.setattr(Learner, "_forward", broken_at_the_third_step)
         with pytest.raises(ValueError, match=r"step 3 .*--learning-rate.*step 2 with --resume"):
             train(setup / "target", setup / "data", tmp_path, config, "cpu")
     lower = TrainConfig(**CONFIG | {"learning_rate": 1e-4}, steps=4, save_every=1)

@@ -1,0 +1,125 @@
+"""Head, target and optimiser: what a step of training works on."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vllm_eagle3.corpus import Document
+from vllm_eagle3.train.data import TokenBatch, check_tokens
+from vllm_eagle3.train.distributed import World
+from vllm_eagle3.train.features import FeatureBatch, Target, load_target
+from vllm_eagle3.train.loader import StepBatches
+from vllm_eagle3.train.objectives import OBJECTIVES, LossResult, LossSettings
+from vllm_eagle3.train.packing import Packing
+from vllm_eagle3.train.recompute import recompute_mlps
+from vllm_eagle3.train.settings import TrainConfig
+from vllm_eagle3.train.vocabulary import frequent_tokens
+
+_BETAS = (0.9, 0.95)
+
+
+class Learner:
+    """A head with all that trains it.
+
+    Attributes:
+        settings: of the loss, as trained.
+        quiet: the same without noise, to measure: a measure must not depend on it, nor draw
+            from its generator.
+        coverage: share of the assistant's tokens that the draft vocabulary covers.
+
+    Raises:
+        ValueError: an unsuitable target, or data of another one.
+    """
+
+    def __init__(
+        self,
+        target: str | Path,
+        documents: Sequence[Document],
+        config: TrainConfig,
+        device: torch.device,
+        world: World,
+    ) -> None:
+        self.clip, self.device, self.world = config.clip, device, world
+        # Half precision only where it is fast; the master weights are float32 everywhere.
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.objective = OBJECTIVES[config.objective]
+        self.settings = replace(self.objective.settings, **config.loss_changes())
+        self.quiet = replace(self.settings, feature_noise=0.0)
+        model = load_target(target, device, self.dtype)
+        head_config = self.objective.head_config(model.config, config.draft_vocab_size)
+        check_tokens(documents, head_config.vocab_size)
+        self.target = Target(model, head_config.aux_layer_ids)
+        ids, self.coverage = frequent_tokens(
+            documents,
+            head_config.vocab_size,
+            head_config.draft_vocab_size,
+            always=self.target.end_token_ids,
+        )
+        self.head = self.objective.make_head(head_config, self.target, ids).to(device)
+        if config.recompute:
+            recompute_mlps(self.head)
+        self.packing = Packing(model.model, self.head)
+        self.optimizer = torch.optim.AdamW(
+            self.head.parameters(),
+            lr=config.learning_rate,
+            betas=_BETAS,
+            weight_decay=0.0,
+            fused=device.type == "cuda",
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def initialise(self, sample: TokenBatch) -> None:
+        """The weights that training starts from."""
+        with self.packing.of(sample):
+            self.objective.initialise(self.head, self.target, self._read(sample))
+
+    def measure(self, batch: TokenBatch) -> LossResult:
+        """The objective without its noise."""
+        return self._forward(batch, self.quiet)
+
+    def optimise(
+        self, batches: StepBatches, learning_rate: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step of the optimiser.
+
+        Returns:
+            This process's share of the measures, float32 [1 + 3K]: the loss, then losses,
+            accuracy and accepted by draft step; and the norm of the gradient.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the weights are as before.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        measures = torch.zeros(1 + 3 * self.settings.num_steps, device=self.device)
+        for batch, share in batches.parts:
+            result = self._forward(batch, self.settings)
+            (result.loss * share).backward()
+            measures += share * _as_vector(result)
+        self.world.sum_gradients(self.head)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.clip)
+        # Of the summed gradient, so that all processes stop together.
+        if not torch.isfinite(grad_norm):
+            raise FloatingPointError("the gradient is not finite")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return measures, grad_norm
+
+    def _forward(self, batch: TokenBatch, settings: LossSettings) -> LossResult:
+        half = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
+        with self.packing.of(batch), half:
+            return self.objective.loss(self.head, self._read(batch), settings)
+
+    def _read(self, batch: TokenBatch) -> FeatureBatch:
+        return self.objective.read(self.target, batch, self.head)
+
+
+def _as_vector(result: LossResult) -> torch.Tensor:
+    loss = result.loss.detach().float().reshape(1)
+    return torch.cat((loss, result.losses_K, result.accuracy_K, result.accepted_K))
