@@ -142,7 +142,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name.replace('_', '-')}", type=kind, default=value, help=f"{text} ({shown})"
         )
 
-    add("objective", str, "eagle3, or another kind of head")
+    from vllm_eagle3.train.objectives import OBJECTIVES
+
+    add("objective", str, "what to train: " + ", ".join(OBJECTIVES))
     add("draft_vocab_size", int, "tokens that the head can predict")
     add("epochs", int, "passes over the data, at most")
     add("steps", int, "optimiser steps, at most")
@@ -151,6 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("accumulate", int, "parts that an optimiser step is read in, to save memory")
     add("max_length", int, "longer documents are cut")
     add("learning_rate", float, "peak")
+    add("clip", float, "largest norm of a step's gradient")
     add("num_ttt_steps", int, "draft steps trained through")
     add("ttt_decay", float, "weight of a draft step relative to the one before")
     add("log_every", int, "steps between log lines")
