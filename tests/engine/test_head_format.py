@@ -17,19 +17,20 @@ from tests.engine.engines import Engine, chain
 from vllm_eagle3.train.data import TokenBatch
 from vllm_eagle3.train.export import export, load_head
 from vllm_eagle3.train.features import Target, load_target
-from vllm_eagle3.train.model import Eagle3Head, HeadConfig
+from vllm_eagle3.train.model import DraftHead
+from vllm_eagle3.train.objectives import OBJECTIVES, Objective
 
 NUM_DRAFTS = 4
 
 
-def random_pair(root: Path) -> tuple[tiny.Pair, Target, Eagle3Head]:
+def random_pair(root: Path, objective: Objective) -> tuple[tiny.Pair, Target, DraftHead]:
     path = tiny.write_target(root / "target")
     model = load_target(path, torch.device("cpu"), torch.float32)
-    config = HeadConfig.from_target(model.config, draft_vocab_size=256)
+    config = objective.head_config(model.config, 256)
     target = Target(model, config.aux_layer_ids)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randperm(tiny.VOCABULARY, generator=generator)[:256].sort().values
-    head = Eagle3Head(config, target.embedding, ids)
+    ids = torch.randperm(tiny.VOCABULARY, generator=generator)[: config.draft_vocab_size]
+    head = objective.make_head(config, target, ids.sort().values)
     with torch.no_grad():
         for weight in head.parameters():
             noise = torch.randn(weight.shape, generator=generator)
@@ -37,11 +38,11 @@ def random_pair(root: Path) -> tuple[tiny.Pair, Target, Eagle3Head]:
         head.feature_scale_F.uniform_(0.5, 1.5, generator=generator)
     export(head, root / "head", dtype="float32")
     pair = tiny.Pair(path, root / "head")
-    return pair, target, load_head(pair.head, target.embedding)
+    return pair, target, load_head(pair.head, target.embedding, target.output_matrix)
 
 
 @torch.no_grad()
-def drafts(target: Target, head: Eagle3Head, tokens: list[int]) -> list[int]:
+def drafts(target: Target, head: DraftHead, tokens: list[int]) -> list[int]:
     """A greedy chain after ``tokens``, whose last is the one just sampled."""
     known = torch.tensor([tokens])
     features = target.read(
@@ -65,22 +66,25 @@ def drafts(target: Target, head: Eagle3Head, tokens: list[int]) -> list[int]:
     hidden = head.step(known[:, 1:], head.fuse(features), positions, attend)[:, -1:]
     drafted: list[int] = []
     while True:
-        best = head.lm_head(head.norm(hidden))[0, 0].argmax()
+        best = head.logits(hidden)[0, 0].argmax()
         drafted.append(int(head.draft_token_ids[best]))
         if len(drafted) == NUM_DRAFTS:
             return drafted
         position = torch.tensor([[length + len(drafted) - 1]])
-        hidden = head.step(torch.tensor([drafted[-1:]]), hidden, position, attend)
+        token = torch.tensor([drafted[-1:]])
+        hidden = head.step(token, head.feedback(hidden), position, attend)
 
 
 @pytest.mark.slow
-def test_vllm_drafts_what_the_trained_model_drafts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["eagle3", "eagle3.1", "eagle1"])
+def test_vllm_drafts_what_the_trained_model_drafts(name: str, tmp_path: Path) -> None:
     from vllm import SamplingParams
 
-    pair, target, head = random_pair(tmp_path)
+    objective = OBJECTIVES[name]
+    pair, target, head = random_pair(tmp_path, objective)
     prompt = tuple(random.Random(3).choices(range(3, tiny.VOCABULARY), k=37))
     proposals = []
-    config = chain(pair, NUM_DRAFTS)
+    config = chain(pair, NUM_DRAFTS, method=objective.method)
     # Not shut down: that would tear down what vLLM shares between engines of a process.
     engine = Engine(pair, max_num_seqs=1, speculative_config=config)
     speculator = engine.runner.speculator
