@@ -16,6 +16,10 @@ TREE = TreeConfig(20, depth=3, top_k=8, verify_budget=None)
 CHAIN = TreeConfig(3, depth=3, top_k=1, verify_budget=None)
 
 
+def reader(head: Eagle3Head, target: Target):
+    return lambda batch: target.read(batch, head.draft_token_ids, head.t2d)
+
+
 def draft(head: Eagle3Head, target: Target, tokens: list[int], root: int, path: list[int]):
     """Log-probabilities over the target's vocabulary after tokens[..root] and a path."""
     known = torch.tensor([tokens[: root + 1]])
@@ -85,7 +89,7 @@ def brute_force(head, target, document: Document, config: TreeConfig) -> dict:
 def test_predicted_acceptance_equals_brute_force(config: TreeConfig) -> None:
     target, head = small.pair(torch.float64)
     document = small.documents(9, longest=24)[7]
-    got = predict(head, target, [document], {"it": config})["it"]
+    got = predict(head, target, [document], {"it": config}, reader(head, target))["it"]
     with torch.no_grad():
         expected = brute_force(head, target, document, config)
     assert got.roots == expected["roots"] > 1
@@ -100,9 +104,9 @@ def test_predicted_acceptance_equals_brute_force(config: TreeConfig) -> None:
 def test_what_never_ends_a_turn_is_counted_and_what_follows_an_end_is_not() -> None:
     target, head = small.pair(torch.float64)
     document = small.documents(2, longest=20)[0]
-    before = predict(head, target, [document], {"it": TREE})["it"].tau["T=1"]
+    before = predict(head, target, [document], {"it": TREE}, reader(head, target))["it"].tau["T=1"]
     target.model.generation_config.eos_token_id = list(range(small.VOCABULARY))
-    after = predict(head, target, [document], {"it": TREE})["it"]
+    after = predict(head, target, [document], {"it": TREE}, reader(head, target))["it"]
     assert after.accepted["T=1"][1:] == [0.0, 0.0]
     assert 1 < after.tau["T=1"] < before
 
@@ -110,4 +114,7 @@ def test_what_never_ends_a_turn_is_counted_and_what_follows_an_end_is_not() -> N
 def test_documents_without_an_answer_predict_nothing() -> None:
     target, head = small.pair(torch.float32)
     tokens = torch.arange(3, 9).numpy()
-    assert predict(head, target, [Document(tokens, tokens < 0)], {"it": TREE}) == {}
+    assert (
+        predict(head, target, [Document(tokens, tokens < 0)], {"it": TREE}, reader(head, target))
+        == {}
+    )

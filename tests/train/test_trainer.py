@@ -173,6 +173,7 @@ def test_every_objective_trains_resumes_and_is_written(
 ) -> None:
     for steps in (1, 2):
         settings = CONFIG | {"num_ttt_steps": None, "objective": objective, "log_every": 1}
+        settings |= {"eval_documents": 1}
         config = TrainConfig(**settings, steps=steps)
         train(setup / "target", setup / "data", tmp_path, config, "cpu", resume=steps > 1)
     assert [entry["step"] for entry in log(tmp_path, "step")] == [1, 2]

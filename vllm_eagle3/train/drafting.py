@@ -14,7 +14,7 @@ import math
 import torch
 
 from vllm_eagle3.config import TreeConfig
-from vllm_eagle3.train.model import Eagle3Head
+from vllm_eagle3.train.model import DraftHead
 from vllm_eagle3.tree import expand, mask
 from vllm_eagle3.tree.rerank import rerank
 from vllm_eagle3.tree.types import DraftTree
@@ -27,11 +27,11 @@ class DocumentDrafter:
 
     Args:
         tokens_T: int64, the document.
-        features_TF: the target's captured states.
+        features_TF: the target's states that the head takes.
     """
 
     @torch.no_grad()
-    def __init__(self, head: Eagle3Head, tokens_T: torch.Tensor, features_TF: torch.Tensor) -> None:
+    def __init__(self, head: DraftHead, tokens_T: torch.Tensor, features_TF: torch.Tensor) -> None:
         self.head, self.tokens_T = head, tokens_T
         positions_1T = torch.arange(len(tokens_T), device=tokens_T.device).unsqueeze(0)
         self._keys_NTD = self._values_NTD = torch.empty(0)
@@ -71,7 +71,7 @@ class DocumentDrafter:
 
     def _best(self, out: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and target ids of each row's k best children."""
-        logits = self.head.lm_head(self.head.norm(out))
+        logits = self.head.logits(out)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_probs, ids = logits.log_softmax(-1).topk(k)
         return log_probs, self.head.draft_token_ids[ids]

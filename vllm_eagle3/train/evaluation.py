@@ -22,8 +22,8 @@ from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.corpus import Document
 from vllm_eagle3.train.data import TokenBatch, epoch_batches
 from vllm_eagle3.train.drafting import DocumentDrafter
-from vllm_eagle3.train.features import Target
-from vllm_eagle3.train.model import Eagle3Head
+from vllm_eagle3.train.features import FeatureBatch, Target
+from vllm_eagle3.train.model import DraftHead
 from vllm_eagle3.train.objectives import LossResult
 from vllm_eagle3.train.scoring import accepted_of_document, path_probabilities
 from vllm_eagle3.train.settings import TrainConfig
@@ -69,17 +69,19 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    head: torch.nn.Module,
+    head: DraftHead,
     target: Target,
     documents: Sequence[Document],
     config: TrainConfig,
     device: torch.device,
     forward: Callable[[TokenBatch], LossResult],
+    read: Callable[[TokenBatch], FeatureBatch],
 ) -> Evaluation:
     """Measure ``head`` on held-out documents.
 
     Args:
         forward: the objective on a batch of tokens.
+        read: the target's states for a batch of tokens, as the head takes them.
     """
     batches = epoch_batches(documents, config.batch_tokens, config.max_length, config.seed)
     results = [
@@ -91,12 +93,12 @@ def evaluate(
 
     accepted = mean("accepted_K")
     predicted = {}
-    if isinstance(head, Eagle3Head) and config.eval_documents:
+    if config.eval_documents:
         chosen = documents[: config.eval_documents]
         longest = min(config.max_length, _LONGEST)
         dtype = target.embedding.dtype
         with torch.autocast(device.type, dtype, dtype == torch.bfloat16):
-            predicted = predict(head, target, chosen, config.trees(), longest)
+            predicted = predict(head, target, chosen, config.trees(), read, longest)
     return Evaluation(
         losses=mean("losses_K"),
         accuracy=mean("accuracy_K"),
@@ -108,10 +110,11 @@ def evaluate(
 
 @torch.no_grad()
 def predict(
-    head: Eagle3Head,
+    head: DraftHead,
     target: Target,
     documents: Sequence[Document],
     trees: dict[str, TreeConfig],
+    read: Callable[[TokenBatch], FeatureBatch],
     longest: int = _LONGEST,
 ) -> dict[str, Prediction]:
     """Predicted acceptance of each tree; documents without an answer are passed over."""
@@ -123,7 +126,7 @@ def predict(
         if not len(slots_R):
             continue
         batch = TokenBatch(tokens_T.unsqueeze(0), assistant_T.unsqueeze(0))
-        features_TF = target.read(batch, head.draft_token_ids, head.t2d).features_BTF[0]
+        features_TF = read(batch).features_BTF[0]
         drafter = DocumentDrafter(head, tokens_T, features_TF)
         for tally in tallies.values():
             tally.add(target, drafter, slots_R)

@@ -77,7 +77,7 @@ class Learner:
     def initialise(self, sample: TokenBatch) -> None:
         """The weights that training starts from."""
         with self.packing.of(sample):
-            self.objective.initialise(self.head, self.target, self._read(sample))
+            self.objective.initialise(self.head, self.target, self.read(sample))
 
     def measure(self, batch: TokenBatch) -> LossResult:
         """The objective without its noise."""
@@ -114,9 +114,10 @@ class Learner:
     def _forward(self, batch: TokenBatch, settings: LossSettings) -> LossResult:
         half = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
         with self.packing.of(batch), half:
-            return self.objective.loss(self.head, self._read(batch), settings)
+            return self.objective.loss(self.head, self.read(batch), settings)
 
-    def _read(self, batch: TokenBatch) -> FeatureBatch:
+    def read(self, batch: TokenBatch) -> FeatureBatch:
+        """What the target says about a batch, as the head and the loss take it."""
         return self.objective.read(self.target, batch, self.head)
 
 

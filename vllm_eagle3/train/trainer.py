@@ -158,6 +158,7 @@ class _Trainer:
         self.evaluation = evaluate(
             *(learner.head, learner.target, self.held_out, self.config, self.device),
             learner.measure,
+            learner.read,
         )
         self.log.write("evaluation", step=self.step, **asdict(self.evaluation))
 
