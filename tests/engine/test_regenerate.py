@@ -2,9 +2,7 @@
 
 import errno
 import json
-from collections import deque
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,41 +10,11 @@ import pytest
 
 from tests.data.tokenizers import FORGETFUL, byte_tokenizer
 from tests.engine import tiny
+from tests.engine.scripted import END, ScriptedEngine
 from vllm_eagle3.corpus import read_corpus, shard_paths
 from vllm_eagle3.engine import shard_writer
 from vllm_eagle3.engine.regenerate import RegenerateConfig, regenerate
 from vllm_eagle3.engine.replica import Replica
-
-END = 2
-
-
-class ScriptedEngine:
-    """Answers in the order of asking: "<number of questions so far>!" and the end of turn."""
-
-    def __init__(self, tokenizer: Any, crash_after: int | None = None) -> None:
-        self.tokenizer, self.crash_after = tokenizer, crash_after
-        self.waiting: deque[tuple[str, list[int], Any]] = deque()
-        self.prompts: list[str] = []
-        self.engine_core = SimpleNamespace(shutdown=lambda: None)
-
-    def add_request(self, request_id: str, prompt: dict, params: Any) -> None:
-        self.waiting.append((request_id, prompt["prompt_token_ids"], params))
-
-    def abort_request(self, request_ids: list[str]) -> None:
-        self.waiting.clear()
-
-    def step(self) -> list[Any]:
-        if len(self.prompts) == self.crash_after:
-            raise KeyboardInterrupt
-        request_id, prompt, params = self.waiting.popleft()
-        text = self.tokenizer.decode(prompt)
-        self.prompts.append(text)
-        answer = f"{text.count('user')}!"
-        tokens, reason = [*self.tokenizer(answer).input_ids, END], "stop"
-        if len(tokens) > params.max_tokens:
-            tokens, reason = tokens[: params.max_tokens], "length"
-        completion = SimpleNamespace(token_ids=tokens, finish_reason=reason)
-        return [SimpleNamespace(finished=True, request_id=request_id, outputs=[completion])]
 
 
 @pytest.fixture
@@ -60,7 +28,7 @@ def script(monkeypatch: pytest.MonkeyPatch):
     """Put a scripted engine in place of vLLM's; returns it."""
 
     def install(crash_after: int | None = None) -> ScriptedEngine:
-        engine = ScriptedEngine(byte_tokenizer(), crash_after)
+        engine = ScriptedEngine(crash_after)
         monkeypatch.setattr(Replica, "_start_engine", lambda self: setattr(self, "engine", engine))
         return engine
 

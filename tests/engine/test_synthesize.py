@@ -1,0 +1,94 @@
+"""Conversations that a target writes itself: what is kept, dropped, and kept over restarts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.data.tokenizers import byte_tokenizer
+from tests.engine.scripted import ScriptedEngine
+from vllm_eagle3.corpus import read_corpus
+from vllm_eagle3.engine.conversation import Kind
+from vllm_eagle3.engine.replica import Replica
+from vllm_eagle3.engine.synthesize import SynthConfig, synthesize
+
+SETTINGS = {
+    "max_num_seqs": 1,
+    "second_turns": 0.0,
+    "kinds": (Kind("chat"),),
+    "max_user_tokens": 256,
+    "max_model_len": 2048,
+}
+HUMAN_EVAL = Path(__file__).parents[2] / "vllm_eagle3" / "bench" / "data" / "humaneval.jsonl"
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> str:
+    byte_tokenizer().save_pretrained(tmp_path / "target")
+    return str(tmp_path / "target")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine) -> None:
+    monkeypatch.setattr(Replica, "_start_engine", lambda self: setattr(self, "engine", engine))
+
+
+def questions(count: int) -> tuple[str, ...]:
+    return tuple(f"Tell me about {number}." for number in range(count))
+
+
+def test_repetitions_are_dropped_and_counted(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = tmp_path / "mine.jsonl"
+    evaluation.write_text(json.dumps({"question": "Who are you?"}))
+    written = ("Hi there.", "who are you", "Hi there.", "Hello you.")
+    install(monkeypatch, ScriptedEngine(questions=written))
+    given = tmp_path / "given.jsonl"
+    given.write_text(HUMAN_EVAL.read_text().splitlines()[0] + '\n{"prompt": "How tall is it?"}\n')
+    config = SynthConfig(
+        tokens=95,  # three documents
+        prompts=(given,),
+        prompts_share=1.0,
+        exclude=(evaluation,),
+        **SETTINGS | {"max_user_tokens": 16},
+    )
+    metadata = synthesize(target, tmp_path / "out", config)
+    texts = [byte_tokenizer().decode(d.tokens) for d in read_corpus(tmp_path / "out")]
+    assert "How tall is it?" in texts[0]
+    assert not any("def " in text or "who are you" in text for text in texts)
+    assert metadata["dropped"]["equal to an evaluation prompt"] == 2
+    assert metadata["dropped"]["duplicate"] == 1
+    assert metadata["documents_by_kind"] == {"given questions": 1, "chat": 2}
+
+
+def test_an_interrupted_synthesis_goes_on(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SynthConfig(tokens=400, **SETTINGS)
+    install(monkeypatch, ScriptedEngine(crash_after=7, questions=questions(50)))
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(target, tmp_path / "out", config)
+    kept = [d.tokens.tolist() for d in read_corpus(tmp_path / "out")]
+    assert len(kept) == 3
+    install(monkeypatch, ScriptedEngine(questions=questions(50)[3:]))
+    metadata = synthesize(target, tmp_path / "out", config)
+    assert [d.tokens.tolist() for d in read_corpus(tmp_path / "out")][:3] == kept
+    assert metadata["tokens"] >= 400
+    assert metadata["documents"] == metadata["documents_by_kind"]["chat"]
+
+
+def test_a_damaged_shard_is_named_and_its_name_is_not_taken_again(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SynthConfig(tokens=200, shard_documents=2, **SETTINGS)
+    install(monkeypatch, ScriptedEngine(questions=questions(50)))
+    synthesize(target, tmp_path / "out", config)
+    first, second, *_ = sorted((tmp_path / "out").glob("shard-*"))
+    whole = second.read_bytes()
+    first.write_bytes(first.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=first.name):
+        synthesize(target, tmp_path / "out", config)
+    first.unlink()
+    install(monkeypatch, ScriptedEngine(questions=questions(90)[40:]))
+    assert synthesize(target, tmp_path / "out", config)["tokens"] >= 200
+    assert second.read_bytes() == whole
