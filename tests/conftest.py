@@ -1,5 +1,12 @@
 """Without a GPU, Triton's kernels run in its interpreter, which must be chosen before import."""
 
+import os
+
+# Tests run side by side, a file in each process: a thread each, and none tied to a core that
+# another process has as well. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
 import torch
 
 from vllm_eagle3.engine import interpreter

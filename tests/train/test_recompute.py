@@ -4,8 +4,9 @@ import torch
 
 from tests.train import small
 from vllm_eagle3.train.data import epoch_batches
+from vllm_eagle3.train.objectives import LossSettings
+from vllm_eagle3.train.objectives.eagle3 import ttt_loss
 from vllm_eagle3.train.recompute import recompute_mlps
-from vllm_eagle3.train.ttt import ttt_loss
 
 
 def kept_and_gradients(recompute: bool) -> tuple[int, tuple[torch.Tensor, ...]]:
@@ -18,7 +19,7 @@ def kept_and_gradients(recompute: bool) -> tuple[int, tuple[torch.Tensor, ...]]:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda x: (sizes.append(x.numel()), x)[1], lambda x: x
     ):
-        result = ttt_loss(head, batch, 3)
+        result = ttt_loss(head, batch, LossSettings(3))
     return sum(sizes), torch.autograd.grad(result.loss, list(head.parameters()))
 
 

@@ -19,9 +19,9 @@ from vllm_eagle3.train.data import epoch_batches
 from vllm_eagle3.train.export import export, load_head
 from vllm_eagle3.train.learner import Learner
 from vllm_eagle3.train.model import HeadConfig, captured_layers
-from vllm_eagle3.train.objectives import OBJECTIVES
+from vllm_eagle3.train.objectives import OBJECTIVES, LossSettings
+from vllm_eagle3.train.objectives.eagle3 import ttt_loss
 from vllm_eagle3.train.trainer import TrainConfig, train
-from vllm_eagle3.train.ttt import ttt_loss
 
 CONFIG = {
     "draft_vocab_size": 80,
@@ -267,7 +267,8 @@ def test_an_exported_head_computes_what_the_trained_one_did(tmp_path: Path) -> N
     batch = target.read(tokens, head.draft_token_ids, head.t2d)
     loaded = load_head(export(head, tmp_path, dtype="float32"), target.embedding)
     torch.testing.assert_close(
-        ttt_loss(loaded, batch, 3).losses_K, ttt_loss(head, batch, 3).losses_K
+        ttt_loss(loaded, batch, LossSettings(3)).losses_K,
+        ttt_loss(head, batch, LossSettings(3)).losses_K,
     )
     weights = load_file(tmp_path / "model.safetensors")
     ids = weights["d2t"] + torch.arange(64)
