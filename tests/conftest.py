@@ -2,8 +2,8 @@
 
 import os
 
-# Tests run side by side, a file in each process: a thread each, and none tied to a core that
-# another process has as well. Before torch is imported.
+# Two processes run tests side by side: a thread each, and none tied to a core that the other
+# has as well. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 

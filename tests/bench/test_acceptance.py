@@ -109,7 +109,7 @@ def test_trees_of_a_given_shape(tmp_path, questions, jobs):
     args = parse(tmp_path, "--data", questions, *options)
     assert acceptance.run(args) == 0
     asked = jobs["tree-32"]["engine"]["speculative_config"]
-    assert asked["tree"] == {"depth": 4, "top_k": 6}
+    assert asked["tree"] == {"depth": 4, "top_k": 6, "verify_budget": None}
     assert "tree, 32 drafts (depth 4, top-k 6)" in args.output.with_suffix(".md").read_text()
 
 

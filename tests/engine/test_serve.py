@@ -139,4 +139,4 @@ def test_a_bad_tree_ends_the_server_with_its_reason(pair: tiny.Pair, tmp_path: P
     finally:
         if server.process.poll() is None:
             server.stop()
-    assert "unknown key 'topk' in tree: use depth and top_k" in server.log.read_text()
+    assert "unknown key 'topk' in tree: use depth, top_k, verify_budget" in server.log.read_text()

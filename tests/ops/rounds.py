@@ -8,6 +8,7 @@ import torch
 from tests.tree.naive import Levels, random_levels
 from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
+from vllm_eagle3.ops import extension
 from vllm_eagle3.tree.expand import Expansion, grow, start
 from vllm_eagle3.tree.types import GrowthBuffers, TreeBuffers
 
@@ -25,10 +26,7 @@ def skip_where_it_cannot_run(impl: str, device: str) -> None:
     if device == "cuda" and not HAS_GPU:
         pytest.skip("needs a CUDA device")
     if impl == "extension":
-        from vllm_eagle3.ops import extension
-
-        if not extension.load():
-            pytest.skip("the extension is not built")
+        assert extension.load(), "build it first: make extension"
 
 
 def spoil(levels: Levels) -> Levels:

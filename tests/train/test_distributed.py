@@ -39,9 +39,7 @@ def steps_of(out: Path) -> list[dict]:
     return [{name: e[name] for name in kept} for e in entries if e["event"] == "step"]
 
 
-def test_two_processes_train_the_same_head_as_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_train_the_same_head_as_one(tmp_path: Path) -> None:
     small.llama().save_pretrained(tmp_path / "target")
     (tmp_path / "data").mkdir()
     write_shard(tmp_path / "data" / "shard-00-00000.safetensors", small.documents(120))
@@ -49,26 +47,26 @@ def test_two_processes_train_the_same_head_as_one(
     command += ["--target", str(tmp_path / "target"), "--data", str(tmp_path / "data")]
     command += ["--out", str(tmp_path / "two"), "--device", "cpu"]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    # What torchrun sets.
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    # What torchrun does: the second process by the command line, the first one here.
-    second = subprocess.Popen(
-        command,
-        env=os.environ | shared | {"RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    processes = [
+        subprocess.Popen(
+            command,
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
     try:
         paths = tmp_path / "target", tmp_path / "data"
         train(*paths, tmp_path / "one", TrainConfig(**OPTIONS, accumulate=2), "cpu")
-        with monkeypatch.context() as patch:
-            for name, value in (shared | {"RANK": "0", "LOCAL_RANK": "0"}).items():
-                patch.setenv(name, value)
-            train(*paths, tmp_path / "two", TrainConfig(**OPTIONS), "cpu")
-        output = second.communicate(timeout=120)[0]
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
-        second.kill()
-    assert second.returncode == 0, output
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
     alone, together = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
     assert len(alone) == len(together) == 4
     for one, two in zip(alone, together, strict=True):

@@ -126,7 +126,6 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         *members(
             "vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM",
             "combine_hidden_states",
-            "combine_hidden_states",
             "draft_id_to_target_id",
             "embed_input_ids",
             "forward",
