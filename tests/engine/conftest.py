@@ -9,6 +9,11 @@ from tests.engine import tiny
 from tests.engine.engines import Engine, Engines, close_all
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """An engine that ends takes the process groups of all others with it: such tests are last."""
+    items.sort(key=lambda item: item.get_closest_marker("ends_engines") is not None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     """Hundreds of lines of vLLM's log hide a failure's own message."""

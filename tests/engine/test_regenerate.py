@@ -202,6 +202,7 @@ def often_ending(target: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ends_engines
 def test_through_vllm_the_answers_are_the_targets_own(tmp_path: Path) -> None:
     target = tiny.write_target(tmp_path / "target")
     byte_tokenizer(vocab_size=tiny.VOCABULARY).save_pretrained(target)
