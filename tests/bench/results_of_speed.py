@@ -54,7 +54,8 @@ def results(*cells, profiles=(), notes=()):
         "configurations": [
             {
                 "name": name,
-                "draft_forwards": 0 if name == "plain" else 5,
+                "num_speculative_tokens": None if name == "plain" else 5,
+                "shape": None,
                 "engine": engine,
                 "error": None,
             }

@@ -47,5 +47,6 @@ def test_trees_as_the_command_line_names_them():
 
 
 def test_forwards_of_the_draft():
-    forwards = [c.draft_forwards for c in (PLAIN, chain(5), tree(31, 4, 8))]
-    assert forwards == [0, 5, 4]
+    fixed, shrinking = tree(31, 4, 8), parse_tree("31/6/8")
+    assert [c.draft_forwards(64) for c in (PLAIN, chain(5), fixed)] == [0, 5, 4]
+    assert [shrinking.draft_forwards(batch) for batch in (1, 4, 8, 16, 64)] == [6, 6, 5, 4, 3]

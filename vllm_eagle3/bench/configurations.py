@@ -45,11 +45,14 @@ class Configuration:
             return None
         return TreeConfig.from_dict(self.tree, self.num_speculative_tokens).to_dict()
 
-    @property
-    def draft_forwards(self) -> int:
-        """Forwards of the draft for each one of the target."""
-        shape = self.shape
-        return shape["depth"] if shape else self.num_speculative_tokens or 0
+    def draft_forwards(self, batch_size: int) -> int:
+        """Forwards of the draft for each one of the target, with so many requests."""
+        if self.tree is None:
+            return self.num_speculative_tokens or 0
+        config = TreeConfig.from_dict(self.tree, self.num_speculative_tokens)
+        return next(
+            config.depth_of(drafts) for _, last, drafts in config.tiers() if batch_size <= last
+        )
 
 
 PLAIN = Configuration("plain")

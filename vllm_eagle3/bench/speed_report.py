@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm_eagle3.bench.configurations import Configuration
 from vllm_eagle3.bench.limits import StepCost
 from vllm_eagle3.bench.markdown import failure, table
 from vllm_eagle3.bench.ratios import HEADLINE
@@ -124,7 +125,8 @@ def least_step_ms(results: dict[str, Any], name: str, batch_size: int) -> float 
     entry = next(entry for entry in results["configurations"] if entry["name"] == name)
     context = results["prompts"]["mean_tokens"] + results["settings"]["max_tokens"] / 2
     cost = StepCost(**results["step_cost"])
-    return cost.step_ms(batch_size, context, entry["draft_forwards"])
+    configuration = Configuration(name, entry["num_speculative_tokens"], entry["shape"])
+    return cost.step_ms(batch_size, context, configuration.draft_forwards(batch_size))
 
 
 def _profiles(results: dict[str, Any]) -> str:

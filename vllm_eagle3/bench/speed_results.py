@@ -63,7 +63,6 @@ class SpeedResults:
                     "name": configuration.name,
                     "num_speculative_tokens": configuration.num_speculative_tokens,
                     "shape": configuration.shape,
-                    "draft_forwards": configuration.draft_forwards,
                     "engine": None,
                     "error": None,
                 }
