@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed-$(DEVICE)
 EXTENSION := vllm_eagle3/_C.abi3.so
 
 .DEFAULT_GOAL := help
-.PHONY: test-engine test-others help install install-cpu install-cuda extension test lint format demo doctor clean
+.PHONY: help install install-cpu install-cuda extension test test-engine test-others lint format demo doctor clean
 
 help:
 	@sed -n '2,4s/^# *//p' $(MAKEFILE_LIST)
@@ -50,7 +50,7 @@ install-cuda: $(BIN)/python
 test: install lint
 	$(MAKE) --jobs 2 --output-sync=target test-engine test-others
 
-# Side by side, because either takes ten minutes; not mixed, because vLLM's state is a process's.
+# Side by side, because either takes minutes; not mixed, because vLLM's state is a process's.
 test-engine: install
 	$(BIN)/python -m pytest tests/engine
 

@@ -15,21 +15,23 @@ FORGETFUL = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think
 TRIMMING = CHATML.replace("{{ m['content'] }}", "{{ ' ' + m['content'].strip() }}")
 
 
-def byte_tokenizer(template: str | None = CHATML, vocab_size: int = 0) -> Any:
-    """All bytes, ``<|im_start|>`` (1) and ``<|im_end|>`` (2), then names up to ``vocab_size``."""
+def byte_tokenizer(
+    template: str | None = CHATML,
+    vocab_size: int = 0,
+    start: str = "<|im_start|>",
+    end: str = "<|im_end|>",
+) -> Any:
+    """All bytes, ``start`` (1) and ``end`` (2), then names up to ``vocab_size``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    names = ["<pad>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    names = ["<pad>", start, end, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     names += [f"<{index}>" for index in range(len(names), vocab_size)]
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<pad>",
+        tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token="<pad>"
     )
     fast.chat_template = template
     return fast

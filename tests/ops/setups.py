@@ -56,6 +56,11 @@ def words(parents: list[int]) -> list[int]:
     return [word(ancestors(parents, node)) for node in range(len(parents))]
 
 
+def trees(*sizes: int, seed: int = 0) -> list[list[int]]:
+    """The words of a random tree for each request."""
+    return [words(random_parents(seed + b, size)) for b, size in enumerate(sizes)]
+
+
 @dataclass
 class Attention:
     """Inputs of one attention call; whatever must not be read is NaN.

@@ -8,7 +8,6 @@ from tests.ops.rounds import (
     WHERE,
     Round,
     random_round,
-    skip_where_it_cannot_run,
 )
 from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
@@ -157,7 +156,6 @@ def test_what_cannot_be_is_refused(change, message):
 @pytest.mark.parametrize("parent", [NO_PARENT, 0])
 def test_rows_where_nothing_was_offered_end_too(impl, device, parent):
     """Padded rows of a graph are built like all others: no pool may hang a GPU."""
-    skip_where_it_cannot_run(impl, device)
     config = TreeConfig(7, 3, 4)
     growth = GrowthBuffers(2, config, torch.device(device))
     growth.parents_BC.fill_(parent)

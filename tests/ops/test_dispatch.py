@@ -37,7 +37,6 @@ def test_tensors_of_two_devices_are_named():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU can be waited for")
 def test_no_operation_waits_for_the_gpu_and_all_can_be_captured():
     num_slots, num_nodes = 9, 12
     batch = mixed_batch(0, num_slots, num_nodes)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.rounds import WHERE, skip_where_it_cannot_run
+from tests.ops.rounds import WHERE
 from vllm_eagle3.ops import draft_topk
 
 INF, NAN = float("inf"), float("nan")
@@ -13,7 +13,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(params=[pytest.param(p.values, id=p.id, marks=p.marks) for p in WHERE])
 def where(request):
     """Implementation and device."""
-    skip_where_it_cannot_run(*request.param)
     return request.param
 
 
@@ -64,7 +63,6 @@ def test_real_vocabularies(where, vocab):
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 16, 33, 64, 512])
 def test_every_split_of_a_row(rows, vocab):
     """The kernel shares a row out among fewer blocks, the more rows there are."""
-    skip_where_it_cannot_run("extension", "cuda")
     logits = random_logits(rows, rows, vocab)
     for k, dtype in ((1, DTYPES[0]), (8, DTYPES[1]), (10, DTYPES[2]), (16, DTYPES[1])):
         check_best(logits.to(dtype), k, "extension", "cuda")
@@ -168,7 +166,6 @@ def test_auto_takes_more_children_and_other_layouts_than_the_kernel():
 
 
 def test_the_kernel_refuses_what_only_torch_can_do():
-    skip_where_it_cannot_run("extension", "cpu")
     with pytest.raises(ValueError, match=r'at most 16 children .* got k=17, .* use impl="auto"'):
         draft_topk(torch.zeros(1, 30), 17, impl="extension")
 

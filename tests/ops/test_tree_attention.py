@@ -3,15 +3,21 @@
 import pytest
 import torch
 
-from tests.ops.setups import DEVICE, IMPLS, NAN, Attention, ancestors, random_parents, word, words
+from tests.ops.setups import (
+    DEVICE,
+    IMPLS,
+    NAN,
+    Attention,
+    ancestors,
+    random_parents,
+    trees,
+    word,
+    words,
+)
 from vllm_eagle3.ops import finish_tree_attention, tree_attention
 
 # Prefixes: none, one token, inside a page, a full page, several pages.
 PREFIXES = [0, 1, 17, 48]
-
-
-def trees(*sizes: int, seed: int = 0) -> list[list[int]]:
-    return [words(random_parents(seed + b, size)) for b, size in enumerate(sizes)]
 
 
 def run(case: Attention, impl: str) -> torch.Tensor:

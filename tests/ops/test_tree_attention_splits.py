@@ -3,15 +3,20 @@
 import pytest
 import torch
 
-from tests.ops.setups import DEVICE, IMPLS, NAN, Attention, ancestors, random_parents, word, words
+from tests.ops.setups import (
+    DEVICE,
+    IMPLS,
+    NAN,
+    Attention,
+    ancestors,
+    random_parents,
+    trees,
+    word,
+)
 from vllm_eagle3.ops import finish_tree_attention, tree_attention
 from vllm_eagle3.ops.kernels import tiling
 
 PREFIX_ARGUMENTS = ("key_cache", "value_cache", "block_table_BP", "prefix_lens_B")
-
-
-def trees(*sizes: int, seed: int = 0) -> list[list[int]]:
-    return [words(random_parents(seed + b, size)) for b, size in enumerate(sizes)]
 
 
 def run(case: Attention, num_splits: int | None, **arguments) -> torch.Tensor:

@@ -52,7 +52,6 @@ def test_an_unknown_implementation_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_bfloat16_is_as_exact_as_bfloat16_allows() -> None:
     exact = inputs(3, torch.float64)
     upstream = torch.randn(exact[0].shape, dtype=torch.float64)

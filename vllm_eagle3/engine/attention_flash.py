@@ -22,6 +22,7 @@ from vllm_eagle3.engine.compat import (
     get_scheduler_metadata,
 )
 from vllm_eagle3.engine.tree_batch import TreeRows
+from vllm_eagle3.ops.device import num_sms
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,9 +61,6 @@ class FlashTreeBuilder(TreeMetadataBuilder):
         impls = [layers[name].impl for name in layer_names]
         self.impl = next((impl for impl in impls if impl.splits_prefix), None)
         self.max_num_splits = vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
-        self.num_sms = 1
-        if device.type == "cuda":
-            self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         # At most four words for each request, padded to four requests, and a counter.
         max_num_reqs = vllm_config.scheduler_config.max_num_seqs
         size = 1 + 4 * (max_num_reqs + 3)
@@ -110,7 +108,7 @@ class FlashTreeBuilder(TreeMetadataBuilder):
         rows = tree.max_query_len * (impl.num_heads // impl.num_kv_heads)
         tiles = tree.num_reqs * impl.num_kv_heads * -(-rows // _TILE_ROWS)
         part_bytes = 4 * tree.num_tokens * impl.num_heads * impl.head_size
-        num_splits = max(-(-2 * self.num_sms // tiles), _SPLIT_BYTES // part_bytes)
+        num_splits = max(-(-2 * num_sms(self.device) // tiles), _SPLIT_BYTES // part_bytes)
         return max(1, min(self.max_num_splits, num_splits))
 
 
