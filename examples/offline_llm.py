@@ -30,8 +30,8 @@ def main() -> None:
         speculative_config={
             "method": "eagle3",
             "model": head,
-            "num_speculative_tokens": 31,
-            "tree": {"depth": 6, "top_k": 8},  # without this line: vLLM's chain
+            "num_speculative_tokens": 63,
+            "tree": {"depth": 5, "top_k": 16},  # without this line: vLLM's chain
         },
     )
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]

@@ -10,6 +10,6 @@ target=$1 head=$2
 exec vllm serve "$target" --served-model-name target --speculative-config "{
   \"method\": \"eagle3\",
   \"model\": \"$head\",
-  \"num_speculative_tokens\": 31,
-  \"tree\": {\"depth\": 6, \"top_k\": 8}
+  \"num_speculative_tokens\": 63,
+  \"tree\": {\"depth\": 5, \"top_k\": 16}
 }" "${@:3}"

@@ -64,8 +64,30 @@ def test_without_a_budget_all_trees_are_of_one_size():
 
 def test_smaller_trees_are_not_grown_to_full_depth():
     config = TreeConfig(31, depth=6, top_k=8)
-    assert [config.depth_of(n) for n in (31, 40, 15, 7, 3, 2, 1)] == [6, 6, 5, 4, 3, 2, 1]
-    assert TreeConfig(31, depth=3, top_k=8).depth_of(15) == 3
+    assert [config.tier(n).depth for n in (31, 40, 15, 7, 3, 2, 1)] == [6, 6, 5, 4, 3, 2, 1]
+    assert TreeConfig(31, depth=3, top_k=8).tier(15).depth == 3
+
+
+@pytest.mark.parametrize(("depth", "top_k"), [(9, 8), (5, 16), (63, 1), (33, 2)])
+def test_smaller_trees_have_room_for_their_nodes_and_no_wider_frontier(depth, top_k):
+    config = TreeConfig(63, depth, top_k)
+    for num_drafts in range(1, 63):
+        tier = config.tier(num_drafts)
+        assert tier.num_speculative_tokens == num_drafts <= tier.num_candidates
+        assert tier.depth <= depth
+        assert tier.top_k == min(top_k, num_drafts)
+
+
+@pytest.mark.parametrize("depth", range(1, 66))
+def test_top_k_follows_a_depth_that_is_given(depth):
+    config = TreeConfig.from_dict({"depth": depth}, 1)
+    assert config.depth == depth
+    assert TreeConfig.from_dict({"depth": min(depth, 5)}, 16).top_k == 16
+
+
+@pytest.mark.parametrize("top_k", range(1, 65))
+def test_depth_follows_a_top_k_that_is_given(top_k):
+    assert TreeConfig.from_dict({"top_k": top_k}, 63).top_k == top_k
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from typing import Any, Self
 MAX_NODES = 64  # one int64 word of ancestor bits for each node
 MAX_EXPANDED = 64  # likewise for the draft's own attention, over the nodes it expands
 
-# With the root 32 rows: four query heads for each key head fill one 128-row attention tile.
-DEFAULT_NUM_SPECULATIVE_TOKENS = 31
-_DEFAULT_DEPTH = 6
-_DEFAULT_TOP_K = 8
+DEFAULT_NUM_SPECULATIVE_TOKENS = MAX_NODES - 1
+# A fifth level pays with weak heads too, and up to here the widest frontier fits its limit.
+_DEFAULT_DEPTH = 5
+_DEFAULT_TOP_K = 16
 # Rows that cost a target's forward little more than one: reading its weights takes as long.
 _DEFAULT_VERIFY_BUDGET = 128
 _ANY_NUMBER = 1 << 20  # of requests
@@ -89,11 +89,11 @@ class TreeConfig:
                 impossible shape.
         """
         if tree is True:
-            return cls._default(num_speculative_tokens)
+            tree = {}
         if not isinstance(tree, Mapping):
             raise ValueError(
-                f'tree must be true or an object such as {{"depth": 6, "top_k": 8}}, got {tree!r};'
-                " leave the key out to serve a chain"
+                f'tree must be true or an object such as {{"depth": 5, "top_k": 16}}, got'
+                f" {tree!r}; leave the key out to serve a chain"
             )
         unknown = sorted(map(repr, set(tree) - set(_KEYS)))
         if unknown:
@@ -101,16 +101,9 @@ class TreeConfig:
                 f"unknown key {', '.join(unknown)} in tree: use {', '.join(_KEYS)}"
                 " (the number of nodes is num_speculative_tokens)"
             )
-        return cls(num_speculative_tokens, **tree)
-
-    @classmethod
-    def _default(cls, num_speculative_tokens: int) -> Self:
-        """The default depth and width, both raised no further than the node count needs."""
-        if isinstance(num_speculative_tokens, int) and num_speculative_tokens < _DEFAULT_TOP_K:
-            # Fewer nodes than one level offers: a shape no wider and no deeper than them.
-            size = max(1, num_speculative_tokens)
-            return cls(num_speculative_tokens, depth=min(_DEFAULT_DEPTH, size), top_k=size)
-        return cls(num_speculative_tokens)
+        return cls(
+            num_speculative_tokens, **{**_default_shape(num_speculative_tokens, tree), **tree}
+        )
 
     @property
     def num_nodes(self) -> int:
@@ -142,14 +135,19 @@ class TreeConfig:
             rows = 1 << ((rows - 1).bit_length() - 1)
         return [*tiers, (first, _ANY_NUMBER, rows - 1)]
 
-    def depth_of(self, num_drafts: int) -> int:
-        """Levels worth expanding for a tree of so many nodes below the root.
+    def tier(self, num_drafts: int) -> Self:
+        """The shape in which a smaller tree is grown, of ``num_drafts`` nodes below the root.
 
-        The whole tree has the depth that was asked for; each halving costs a level.
+        The whole tree has the depth that was asked for; each halving costs a level. As many
+        nodes as the tree has are a frontier wide enough: no node that it leaves out, nor a
+        child of one, is among the best.
         """
         if num_drafts >= self.num_speculative_tokens:
-            return self.depth
-        return max(1, min(self.depth, num_drafts.bit_length() + 1, num_drafts))
+            return self
+        top_k = min(self.top_k, num_drafts)
+        depth = min(num_drafts, num_drafts.bit_length() + 1)
+        depth = min(self.depth, max(depth, _levels_for(num_drafts, top_k)))
+        return type(self)(num_drafts, depth, top_k, verify_budget=None)
 
     def check_draft_vocabulary(self, draft_vocab_size: int) -> None:
         """Raise ``ValueError`` if a node cannot have ``top_k`` different children."""
@@ -166,3 +164,27 @@ class TreeConfig:
 
 def _path(name: str) -> str:
     return f"tree.{name}" if name in _KEYS else name
+
+
+def _levels_for(num_drafts: int, top_k: int) -> int:
+    """Levels that offer so many candidates: ``top_k`` the first, ``top_k`` squared each other."""
+    return 1 + max(0, -(-(num_drafts - top_k) // top_k**2))
+
+
+def _default_shape(num_drafts: int, given: Mapping[str, Any]) -> dict[str, int]:
+    """Depth and top-k where they are not ``given``: the defaults, or what fits the other one."""
+
+    def size(value: Any) -> int | None:
+        # What is no size at all is refused where the whole shape is checked.
+        return value if isinstance(value, int) and value >= 1 else None
+
+    largest = size(num_drafts) or MAX_NODES
+    depth, top_k = size(given.get("depth")), size(given.get("top_k"))
+    if top_k is None:
+        top_k = min(_DEFAULT_TOP_K, largest)
+        if depth is not None and depth > 1:
+            top_k = max(1, min(top_k, MAX_EXPANDED // (depth - 1)))
+    if depth is None:
+        depth = max(min(_DEFAULT_DEPTH, largest), _levels_for(largest, top_k))
+        depth = max(1, min(depth, MAX_EXPANDED // top_k + 1))
+    return {"depth": depth, "top_k": top_k}

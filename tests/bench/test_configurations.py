@@ -13,7 +13,7 @@ def test_what_each_way_asks_of_vllm():
     shape = {"depth": 4, "top_k": 6, "verify_budget": None}
     assert tree(5, 4, 6).speculative_config("head") == asked | {"tree": shape}
     assert tree(5).shape == {"depth": 5, "top_k": 5, "verify_budget": None}
-    assert tree(5, depth=4).shape == {"depth": 4, "top_k": 8, "verify_budget": None}
+    assert tree(5, depth=4).shape == {"depth": 4, "top_k": 5, "verify_budget": None}
 
 
 def test_names_are_unique():
@@ -39,7 +39,7 @@ def test_a_tree_needs_the_installed_entry_point(monkeypatch):
 def test_trees_as_the_command_line_names_them():
     default, shaped = parse_tree("31"), parse_tree("31/5/4")
     assert (default.name, shaped.name) == ("tree-31", "tree-31-5-4")
-    assert default.shape == {"depth": 6, "top_k": 8, "verify_budget": 128}
+    assert default.shape == {"depth": 5, "top_k": 16, "verify_budget": 128}
     assert shaped.shape == {"depth": 5, "top_k": 4, "verify_budget": 128}
     for text in ("31/5", "a", "31/5/4/1", "31/-5/4"):
         with pytest.raises(ValueError, match="as in 31"):

@@ -59,7 +59,7 @@ def test_trees_shrink_as_requests_become_more(pair):
 def test_true_takes_the_defaults(pair):
     speculative = {"method": "eagle3", "model": str(pair.head), "tree": True}
     config = configure(pair, speculative)
-    assert activation.tree_config(config) == TreeConfig(31)
+    assert activation.tree_config(config) == TreeConfig(63)
     assert "tree" in speculative  # the caller's dict is not changed
 
 

@@ -11,9 +11,10 @@ from tests.tree.naive import (
     naive_rerank,
     random_levels,
 )
+from vllm_eagle3.tree.expand import grow, start
 from vllm_eagle3.tree.mask import bits_to_mask
 from vllm_eagle3.tree.rerank import rerank
-from vllm_eagle3.tree.types import NO_PARENT
+from vllm_eagle3.tree.types import NO_PARENT, DraftTree
 
 FIELDS = ("tokens_BN", "parents_BN", "depths_BN", "ancestor_bits_BN", "scores_BN")
 
@@ -128,3 +129,22 @@ def test_refuses_a_size_that_the_pool_or_the_mask_cannot_hold(num_nodes):
     expansion = expand(random_levels(seed=0, batch=1, depth=2, top_k=3))
     with pytest.raises(ValueError, match=f"num_nodes={num_nodes} must be between 2 and 13"):
         rerank(expansion, num_nodes)
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3, 7, 12])
+def test_few_nodes_need_no_wider_frontier(num_drafts):
+    # A draft that looks at the last token alone.
+    table_VV = torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+
+    def tree(top_k: int) -> DraftTree:
+        best_VK = table_VV.topk(top_k)
+        log_probs_VK, tokens_VK = best_VK.values, best_VK.indices
+        expansion = start(log_probs_VK[:3], tokens_VK[:3])
+        for _ in range(4):
+            parents_BK = expansion.frontier_tokens_BK
+            expansion = grow(expansion, log_probs_VK[parents_BK], tokens_VK[parents_BK])
+        return rerank(expansion, num_drafts + 1)
+
+    wide, narrow = tree(16), tree(num_drafts)
+    for name, expected in vars(wide).items():
+        assert torch.equal(getattr(narrow, name), expected), name

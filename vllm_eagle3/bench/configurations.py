@@ -51,7 +51,7 @@ class Configuration:
             return self.num_speculative_tokens or 0
         config = TreeConfig.from_dict(self.tree, self.num_speculative_tokens)
         return next(
-            config.depth_of(drafts) for _, last, drafts in config.tiers() if batch_size <= last
+            config.tier(drafts).depth for _, last, drafts in config.tiers() if batch_size <= last
         )
 
 
@@ -74,11 +74,8 @@ def tree(
     Raises:
         ValueError: a shape that no tree can have.
     """
-    shape = _shape(depth, top_k)
-    if not shape:
-        shape = TreeConfig.from_dict(True, num_speculative_tokens).to_dict()
-    shape["verify_budget"] = None
-    TreeConfig.from_dict(shape, num_speculative_tokens)
+    given = _shape(depth, top_k) | {"verify_budget": None}
+    shape = TreeConfig.from_dict(given, num_speculative_tokens).to_dict()
     return Configuration(f"tree-{num_speculative_tokens}", num_speculative_tokens, tree=shape)
 
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_pair(parser)
     add("--chain", nargs="*", type=int, default=[3], help="drafts of vLLM's chains")
-    add("--tree", nargs="*", default=["31/6/8"], help="trees, as N or N/DEPTH/TOP_K")
+    add("--tree", nargs="*", default=["63"], help="trees, as N or N/DEPTH/TOP_K")
     add("--gpu-memory-utilization", type=float, default=0.9)
     add("--max-num-seqs", type=int, default=64)
     add("--max-num-batched-tokens", type=int, default=8192)

@@ -70,7 +70,7 @@ def _speedup(results: dict[str, Any], path: Path) -> None:
         axis.set_title(f"T={temperature:g}")
         axis.set_xlabel("batch size")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"tokens/s over {_reference(results)}")
+    axes[0].set_ylabel(f"decoding, tokens/s over {_reference(results)}")
     axes[-1].legend(fontsize="small")
     figure.suptitle(_title(results), fontsize="small")
     figure.savefig(path)

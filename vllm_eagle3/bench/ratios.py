@@ -5,12 +5,15 @@ from statistics import median, quantiles
 from typing import Any
 
 # Measures of a run, by name: (numerator, denominator), both summed over the run's waves.
+# "full" is a server under constant load: from the last first token on, while no request has
+# ended. Beyond that span a wave drains, and what is measured is its slowest answer.
 RATES = {
     "tokens_per_second": ("tokens", "seconds"),
     "decode_tokens_per_second": ("decode_tokens", "decode_seconds"),
     "full_tokens_per_second": ("full_tokens", "full_seconds"),
 }
-HEADLINE = "tokens_per_second"
+HEADLINE = "full_tokens_per_second"
+WHOLE = "tokens_per_second"
 
 
 def rate(run: Mapping[str, Any], measure: str) -> float | None:
@@ -22,8 +25,8 @@ def rate(run: Mapping[str, Any], measure: str) -> float | None:
 def summarize(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Figures of a cell: each configuration's medians, and trees against the best chain.
 
-    The best chain has the largest median of the headline; ratios are taken repeat by repeat,
-    so that what slows a whole repeat cancels out.
+    The best chain has the largest median throughput in the headline; ratios are taken repeat
+    by repeat, so that what slows a whole repeat cancels out.
     """
     repeats = cell["repeats"]
     names = list(dict.fromkeys(name for repeat in repeats for name in repeat["runs"]))

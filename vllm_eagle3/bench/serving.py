@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_pair(parser)
     add("--chain", nargs="*", type=int, default=[3], help="drafts of vLLM's chains")
-    add("--tree", nargs="*", default=["31/6/8"], help="trees, as N or N/DEPTH/TOP_K")
+    add("--tree", nargs="*", default=["63"], help="trees, as N or N/DEPTH/TOP_K")
     add("--no-plain", action="store_true", help="leave plain decoding out")
     add("--concurrency", nargs="+", type=int, default=[1, 4, 16], help="chats at once")
     add("--prompts", type=int, default=10, help="chats for each one at once")

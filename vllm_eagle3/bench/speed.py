@@ -3,7 +3,8 @@
 All engines live at once on one GPU, each in a process of its own, and only one is busy at a
 time. For each batch size and temperature every configuration answers the same prompts, repeat
 by repeat in rotating order, with outputs of a fixed length (equal work). Figures are medians
-over the repeats; ratios are taken within a repeat. See :mod:`vllm_eagle3.bench.ratios`.
+over the repeats, of decoding while the whole batch decodes; ratios are taken within a repeat.
+See :mod:`vllm_eagle3.bench.ratios`.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from vllm_eagle3.bench.questions import DEFAULT_DATA, load_questions
 from vllm_eagle3.bench.schedule import Cell, make_prompts
 from vllm_eagle3.bench.speed_results import SpeedResults
 
-_TREES = ["15/4/8", "31/6/8"]
+_TREES = ["31", "63"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,10 +6,9 @@ from typing import Any
 from vllm_eagle3.bench.configurations import Configuration
 from vllm_eagle3.bench.limits import StepCost
 from vllm_eagle3.bench.markdown import failure, table
-from vllm_eagle3.bench.ratios import HEADLINE
+from vllm_eagle3.bench.ratios import HEADLINE, WHOLE
 from vllm_eagle3.bench.steps import CATEGORIES
 
-_DECODE = "decode_tokens_per_second"
 Cell = dict[str, Any]
 
 
@@ -21,12 +20,12 @@ def render(results: dict[str, Any]) -> str:
         cells = [cell for cell in results["summary"] if cell["temperature"] == temperature]
         title = f"T={temperature:g}"
         parts += [
-            f"### {title}: tokens/s, prefill included",
+            f"### {title}: tokens/s while every request of the batch decodes",
             _by_batch(cells, names, lambda cell, name: _rate(cell, name, HEADLINE)),
             f"### {title}: over the best chain, median of the repeats [min, max]",
             _by_batch(cells, names, _over_chain, first=("best chain", _best_chain)),
-            f"### {title}: over the best chain, decoding only",
-            _by_batch(cells, names, _decode_over_chain),
+            f"### {title}: tokens/s of whole batches, from the prompts to the last answer's end",
+            _by_batch(cells, names, lambda cell, name: _rate(cell, name, WHOLE)),
             f"### {title}: mean acceptance length",
             _by_batch(cells, names, _tau),
             f"### {title}: ms for each step [least possible]",
@@ -98,11 +97,6 @@ def _best_chain(cell: Cell) -> str:
 def _over_chain(cell: Cell, name: str) -> str:
     ratio = cell["over_best_chain"].get(name, {}).get(HEADLINE)
     return f"{ratio['median']:.3f} [{ratio['min']:.2f}, {ratio['max']:.2f}]" if ratio else ""
-
-
-def _decode_over_chain(cell: Cell, name: str) -> str:
-    ratio = cell["over_best_chain"].get(name, {}).get(_DECODE)
-    return f"{ratio['median']:.3f}" if ratio else ""
 
 
 def _tau(cell: Cell, name: str) -> str:

@@ -1,10 +1,12 @@
 """The rows that the draft runs over at one level of the trees, at fixed addresses.
 
 Everything here stays where it is from start to end: the drafting round is captured in CUDA
-graphs, which remember addresses.
+graphs, which remember addresses. Trees of several sizes have frontiers of several widths; they
+lie in the same memory, because one round grows trees of one size.
 """
 
 import copy
+from typing import Self
 
 import torch
 
@@ -18,6 +20,7 @@ class Frontier:
     """Where the trees of a batch start, and the inputs of their next level.
 
     Attributes:
+        config: the shape that the trees are grown in.
         growth: candidates and frontier of each request of the batch.
         input_ids_M, positions_M: inputs of the draft's forward over one level, K rows a
             request.
@@ -40,32 +43,38 @@ class Frontier:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        K = config.top_k
-        self.top_k = K
         self.reqs_at_once = reqs_at_once
-        self.growth = GrowthBuffers(max_num_reqs, config, device)
 
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.root_positions_B = zeros(torch.int64, max_num_reqs)
         self.prefix_lens_B = zeros(torch.int32, max_num_reqs)
-        self.input_ids_M = zeros(torch.int32, max_num_reqs * K)
-        self.positions_M = zeros(torch.int64, max_num_reqs * K)
-        shape = (reqs_at_once * K, hidden_size)
+        self.input_ids_M = zeros(torch.int32, max_num_reqs * config.top_k)
+        self.positions_M = zeros(torch.int64, max_num_reqs * config.top_k)
+        shape = (reqs_at_once * config.top_k, hidden_size)
         self._states = (zeros(dtype, *shape), zeros(dtype, *shape))
-        starts = torch.arange(reqs_at_once + 1, dtype=torch.int32, device=device)
-        self._query_start_loc = starts * K
-        num_expanded = max(1, config.num_expanded)
-        self._tree_start = starts[:-1] * num_expanded
-        self.scratch = (
-            zeros(dtype, reqs_at_once * num_expanded, *kv_shape),
-            zeros(dtype, reqs_at_once * num_expanded, *kv_shape),
-        )
+        shape = (reqs_at_once * max(1, config.num_expanded), *kv_shape)
+        self.scratch = (zeros(dtype, *shape), zeros(dtype, *shape))
+        self._take(config)
+
+    def of_tier(self, config: TreeConfig) -> Self:
+        """The frontier of smaller trees, in the same memory."""
+        tier = copy.copy(self)
+        tier._take(config)
+        return tier
+
+    def _take(self, config: TreeConfig) -> None:
+        """Whatever depends on depth and top-k."""
+        self.config = config
+        device = self.root_positions_B.device
+        self.growth = GrowthBuffers(len(self.root_positions_B), config, device)
+        starts = torch.arange(self.reqs_at_once + 1, dtype=torch.int32, device=device)
+        self._query_start_loc = starts * config.top_k
+        self._tree_start = starts[:-1] * max(1, config.num_expanded)
         # Nodes that a row of each level may see, its own level included.
         self._tree_lens = [
-            torch.full((reqs_at_once,), level * K, dtype=torch.int32, device=device)
-            for level in range(config.depth)
+            torch.full_like(self._tree_start, level * config.top_k) for level in range(config.depth)
         ]
 
     def set_roots(
@@ -110,18 +119,22 @@ class Frontier:
         ops.fuse_features([source], rows_M, [], 0.0, states_MH)
         return states_MH
 
-    def rows(self, reqs: slice, max_prefix_len: int) -> TreeRows:
+    def rows_of(self, reqs: slice) -> slice:
+        """Rows of ``input_ids_M`` and ``positions_M``."""
+        return slice(reqs.start * self.config.top_k, reqs.stop * self.config.top_k)
+
+    def attention_rows(self, reqs: slice, max_prefix_len: int) -> TreeRows:
         """The attention rows of the first level; :meth:`advance` moves them on."""
         num_reqs = reqs.stop - reqs.start
         return TreeRows(
             num_reqs=num_reqs,
-            num_tokens=num_reqs * self.top_k,
+            num_tokens=num_reqs * self.config.top_k,
             query_start_loc=self._query_start_loc[: num_reqs + 1],
             prefix_lens=self.prefix_lens_B[reqs],
             tree_start=self._tree_start[:num_reqs],
             tree_lens=self._tree_lens[0][:num_reqs],
             ancestor_bits=self.growth.frontier_bits_BK[reqs].flatten(),
-            max_query_len=self.top_k,
+            max_query_len=self.config.top_k,
             max_tree_len=0,
             max_prefix_len=max_prefix_len,
             scratch=self.scratch,
@@ -130,4 +143,4 @@ class Frontier:
     def advance(self, rows: TreeRows, level: int) -> None:
         """Move the rows to a level, counted from 1: K more nodes to see and to keep."""
         rows.tree_lens = self._tree_lens[level][: rows.num_reqs]
-        rows.max_tree_len = level * self.top_k
+        rows.max_tree_len = level * self.config.top_k

@@ -33,7 +33,6 @@ class TreeGrowth(EagleSpeculator):
 
     def __init__(self, vllm_config: "VllmConfig", device: torch.device, config: TreeConfig) -> None:
         super().__init__(vllm_config, device)
-        self.config = config
         draft = self.draft_model_config
         self.frontier = Frontier(
             config,
@@ -45,8 +44,16 @@ class TreeGrowth(EagleSpeculator):
             self.dtype,
             device,
         )
+        sizes = self.speculative_config.num_speculative_tokens_per_batch_size or []
+        self._tiers = {
+            num_drafts: self.frontier.of_tier(config.tier(num_drafts))
+            for *_, num_drafts in sizes
+            if 0 < num_drafts < config.num_speculative_tokens
+        }
         # Of the draft prefill, over the draft vocabulary.
         self._root_logits_BV: torch.Tensor | None = None
+        # Nodes of a tree that the next step will verify.
+        self._num_drafts = config.num_speculative_tokens
         self._captures_round = False
         # Whether the graph of the draft prefill has grown the trees of this step as well.
         self._grown_with_prefill = False
@@ -87,14 +94,15 @@ class TreeGrowth(EagleSpeculator):
         self._grown_with_prefill = False
         if kwargs.get("skip_sample"):
             return
-        buffers = self.input_buffers
-        self.frontier.set_roots(
-            num_reqs, buffers.positions, buffers.seq_lens, self.max_model_len - 1
-        )
-        self._expand(self.frontier.growth, slice(0, num_reqs), self._root_logits_BV, level=1)
-        if self._captures_round and cudagraph_runtime_mode == CUDAGraphMode.NONE:
+        num_drafts = self._num_drafts
+        captures_round = self._captures_round and cudagraph_runtime_mode == CUDAGraphMode.NONE
+        if captures_round:
             # Of the size that the graph's own steps verify; the next step's is rarely another.
             num_drafts = max(1, num_tokens // num_reqs - 1)
+        buffers, frontier = self.input_buffers, self.frontier_of(num_drafts)
+        frontier.set_roots(num_reqs, buffers.positions, buffers.seq_lens, self.max_model_len - 1)
+        self._expand(frontier, frontier.growth, slice(0, num_reqs), self._root_logits_BV, level=1)
+        if captures_round:
             self._generate_draft(
                 num_reqs, num_reqs, attn_metadata, num_speculative_steps=num_drafts
             )
@@ -138,68 +146,81 @@ class TreeGrowth(EagleSpeculator):
                 of a chain's step, is not used.
             num_speculative_steps: nodes of a tree that will be verified.
         """
-        depth = self.config.depth_of(num_speculative_steps)
-        for reqs in self.frontier.batches(num_reqs):
-            growth = self.frontier.grown(reqs)
-            self._grow(growth, reqs, depth, has_cache=attn_metadata is not None)
-            self._publish(growth, reqs, level=depth)
+        frontier = self.frontier_of(num_speculative_steps)
+        for reqs in frontier.batches(num_reqs):
+            growth = frontier.grown(reqs)
+            self._grow(frontier, growth, reqs, has_cache=attn_metadata is not None)
+            self._publish(growth, reqs, level=frontier.config.depth)
+
+    def frontier_of(self, num_drafts: int) -> Frontier:
+        """That of the smallest trees with so many nodes below the root."""
+        sizes = [size for size in self._tiers if size >= num_drafts]
+        return self._tiers[min(sizes)] if sizes else self.frontier
 
     def _publish(self, growth: GrowthBuffers, reqs: slice, level: int) -> None:
         """Make trees of the candidates offered up to a level."""
         raise NotImplementedError
 
-    def _grow(self, growth: GrowthBuffers, reqs: slice, depth: int, has_cache: bool) -> None:
+    def _grow(
+        self, frontier: Frontier, growth: GrowthBuffers, reqs: slice, has_cache: bool
+    ) -> None:
         """Expand level by level: one forward over the frontier of all requests for each."""
-        frontier = self.frontier
         num_reqs = reqs.stop - reqs.start
-        metadata = self._level_metadata(reqs) if has_cache else None
+        metadata = self._level_metadata(frontier, reqs) if has_cache else None
         states = self.hidden_states  # of the roots, which level 1 counts through the batch
-        for level in range(1, depth):
+        for level in range(1, frontier.config.depth):
             inputs = frontier.gather_states(growth, states, num_reqs, level)
             if metadata is not None:
                 frontier.advance(metadata.tree, level)
-            last_MH, states = self._run_frontier(reqs, inputs, metadata)
-            self._expand(growth, reqs, self._logits(last_MH), level=level + 1)
+            last_MH, states = self._run_frontier(frontier, reqs, inputs, metadata)
+            self._expand(frontier, growth, reqs, self._logits(last_MH), level=level + 1)
 
     def _expand(
-        self, growth: GrowthBuffers, reqs: slice, logits_MV: torch.Tensor, level: int
+        self,
+        frontier: Frontier,
+        growth: GrowthBuffers,
+        reqs: slice,
+        logits_MV: torch.Tensor,
+        level: int,
     ) -> None:
         """Offer a level's candidates, and choose the next frontier of the requests."""
-        K = self.config.top_k
-        rows = slice(reqs.start * K, reqs.stop * K)
+        rows = frontier.rows_of(reqs)
         ops.expand_logits(
             growth,
             logits_MV,
             self.model.draft_id_to_target_id,
             level,
             reqs.stop - reqs.start,
-            self.frontier.root_positions_B[reqs],
+            frontier.root_positions_B[reqs],
             self.max_model_len - 1,
-            self.frontier.input_ids_M[rows],
-            self.frontier.positions_M[rows],
+            frontier.input_ids_M[rows],
+            frontier.positions_M[rows],
         )
 
-    def _level_metadata(self, reqs: slice) -> TreeMetadata:
+    def _level_metadata(self, frontier: Frontier, reqs: slice) -> TreeMetadata:
         """The frontier's rows: K a request, after the committed tokens."""
         (group,) = (group for groups in self.attn_groups for group in groups)
         blocks_BP = self.block_tables.input_block_tables[group.kv_cache_group_id][reqs]
         # The layer may see its cache in smaller blocks than the cache's manager.
         block_table = group.map_to_kernel_block_table(blocks_BP)
-        rows = self.frontier.rows(reqs, self.max_model_len)
+        rows = frontier.attention_rows(reqs, self.max_model_len)
         return group.get_metadata_builder().build_tree_rows(rows, block_table)
 
     @torch.inference_mode()
     def _run_frontier(
-        self, reqs: slice, states_MH: torch.Tensor, metadata: TreeMetadata | None
+        self,
+        frontier: Frontier,
+        reqs: slice,
+        states_MH: torch.Tensor,
+        metadata: TreeMetadata | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One draft forward: states for the logits and states to feed back, [M, H] each."""
-        K = self.config.top_k
-        num_rows = (reqs.stop - reqs.start) * K
-        rows = slice(reqs.start * K, reqs.stop * K)
+        rows = frontier.rows_of(reqs)
+        num_rows = rows.stop - rows.start
         by_layer = None
         if metadata is not None:
             by_layer = dict.fromkeys(self.draft_attn_layer_names, metadata)
-        input_ids = self.frontier.input_ids_M[rows]
+        input_ids = frontier.input_ids_M[rows]
         embeds = self.model.embed_input_ids(input_ids) if self.supports_mm_inputs else None
         # No slot mapping: a tree's keys and values stay out of the paged cache.
         with set_forward_context(
@@ -212,7 +233,7 @@ class TreeGrowth(EagleSpeculator):
         ):
             return self.model(
                 input_ids=input_ids,
-                positions=self.frontier.positions_M[rows],
+                positions=frontier.positions_M[rows],
                 hidden_states=states_MH,
                 inputs_embeds=embeds,
             )

@@ -80,6 +80,7 @@ class TreeSpeculator(TreeGrowth):
         if is_profile:
             self._touch_verification_memory()
         hidden = self._fuse(aux_hidden_states, input_batch, dummy_run)
+        self._num_drafts = num_speculative_tokens or self.num_speculative_steps
         self._grown_with_prefill = True  # unless the prefill runs outside of its graph
         drafts = super().propose(
             input_batch,
@@ -102,7 +103,7 @@ class TreeSpeculator(TreeGrowth):
             # vLLM returns before its loop over steps: the root's best child is the tree.
             reqs = slice(0, input_batch.num_reqs)
             if not self._grown_with_prefill:
-                self._publish(self.frontier.grown(reqs), reqs, level=1)
+                self._publish(self.frontier_of(1).grown(reqs), reqs, level=1)
         return drafts
 
     def _fuse(

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from vllm_eagle3.config import DEFAULT_NUM_SPECULATIVE_TOKENS, TreeConfig
+from vllm_eagle3.config import TreeConfig
 
 _AT_LEAST_ONE = (
     *("draft_vocab_size", "batch_tokens", "accumulate", "max_length", "epochs"),
@@ -64,7 +64,7 @@ class TrainConfig:
     eval_batches: int = 8
     eval_documents: int = 8
     eval_chain: int = 5
-    eval_tree: tuple[int, int, int] = (DEFAULT_NUM_SPECULATIVE_TOKENS, 6, 8)
+    eval_tree: tuple[int, int, int] = (31, 5, 16)
     log_every: int = 10
     eval_every: int = 500
     save_every: int = 500
