@@ -74,12 +74,14 @@ def brute_force(head, target, document: Document, config: TreeConfig) -> dict:
             logits = target.model(torch.tensor([tokens[: root + 1] + path])).logits[0, root:-1]
             probs = logits.softmax(-1)[torch.arange(len(path)), torch.tensor(path)]
             greedy = logits.argmax(-1).tolist() == path
-            ended = set(path[:-1]) & set(target.end_token_ids)
+            ended = set(path) & set(target.end_token_ids)
             accepted["T=1"][len(path) - 1] += 0.0 if ended else float(probs.prod())
             accepted["T=0"][len(path) - 1] += 0.0 if ended else float(greedy)
         fitting = [len(p) for p in paths if p == tokens[root + 1 : root + 1 + len(p)]]
-        emitted += max(fitting, default=0) + 1
-        beyond = root + max(fitting, default=0) + 1
+        # The document's last token has none after it.
+        step = min(max(fitting, default=0) + 1, len(tokens) - root - 1)
+        emitted += step
+        beyond = root + step
         roots += 1
     means = {name: [total / roots for total in sums] for name, sums in accepted.items()}
     return {"roots": roots, "tau_of_text": emitted / roots, "accepted": means}
@@ -101,14 +103,17 @@ def test_predicted_acceptance_equals_brute_force(config: TreeConfig) -> None:
         assert got.tau["T=0"] > 1
 
 
-def test_what_never_ends_a_turn_is_counted_and_what_follows_an_end_is_not() -> None:
+def test_a_draft_that_ends_the_turn_counts_nothing_and_nothing_counts_below_it() -> None:
     target, head = small.pair(torch.float64)
-    document = small.documents(2, longest=20)[0]
-    before = predict(head, target, [document], {"it": TREE}, reader(head, target))["it"].tau["T=1"]
+    document = small.documents(9, longest=24)[7]
+    target.model.generation_config.eos_token_id = list(range(0, small.VOCABULARY, 3))
+    got = predict(head, target, [document], {"it": TREE}, reader(head, target))["it"]
+    with torch.no_grad():
+        expected = brute_force(head, target, document, TREE)
+    assert got.accepted["T=1"] == pytest.approx(expected["accepted"]["T=1"], rel=1e-4)
     target.model.generation_config.eos_token_id = list(range(small.VOCABULARY))
-    after = predict(head, target, [document], {"it": TREE}, reader(head, target))["it"]
-    assert after.accepted["T=1"][1:] == [0.0, 0.0]
-    assert 1 < after.tau["T=1"] < before
+    got = predict(head, target, [document], {"it": TREE}, reader(head, target))["it"]
+    assert got.tau == {"T=0": 1.0, "T=1": 1.0}
 
 
 def test_documents_without_an_answer_predict_nothing() -> None:

@@ -1,5 +1,6 @@
 """Heads of every kind on disk: what they compute, and what their files say they are."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,27 @@ def test_what_is_no_head_of_this_target_is_refused(tmp_path: Path) -> None:
         load_head(tmp_path, target.embedding)
     with pytest.raises(ValueError, match=r"\(96, 32\), this target has \(96, 31\)"):
         load_head(export(head, tmp_path), target.embedding[:, 1:])
+
+
+def test_a_head_that_vllm_computes_otherwise_is_refused(tmp_path: Path) -> None:
+    target, head = small.pair(torch.float32)
+    path = export(head, tmp_path)
+    config = json.loads((path / "config.json").read_text())
+
+    def load(**changes: object):
+        (path / "config.json").write_text(json.dumps(config | changes))
+        return load_head(path, target.embedding, num_target_layers=8)
+
+    assert load(eagle_config={}).config.aux_layer_ids == (2, 4, 5)
+    with pytest.raises(ValueError, match="does not name the layers"):
+        load_head(path, target.embedding)
+    for changes, message in (
+        ({"norm_before_residual": True}, "norm_before_residual not known"),
+        ({"eagle_config": {"norm_before_residual": True}}, "norm_before_residual not known"),
+        ({"fc_norm": True}, r"fc_norm\.0\.weight, .* missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(**changes)
+    del config["head_dim"]
+    with pytest.raises(ValueError, match=r"head_dim.*convert-head"):
+        load()

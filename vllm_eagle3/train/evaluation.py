@@ -2,12 +2,11 @@
 
 Losses and accuracies are those of the objective. Mean acceptance lengths (tau: tokens emitted
 for each forward of the target, the bonus token included) are predicted by drafting and verifying
-offline. The roots are those that a server would draft from while it emits the documents: the
-walk along a document goes from a root past the drafts that equal the document and one token
-further. For each root the tree is scored at every temperature:
+offline, in the rounds of :mod:`vllm_eagle3.train.rounds`: those of a server that emits the
+documents. For each root the tree is scored at every temperature:
 
-    tau(T)        1 + mean over roots of the expected number of accepted drafts at temperature T
-    tau of text   tokens walked / roots: what a server whose draws were the documents would reach
+    tau(T)        mean over rounds of the expected number of tokens at temperature T
+    tau of text   tokens / rounds: what a server whose draws were the documents would reach
 
 At temperature 0 the roots are still those of the documents, which were sampled.
 """
@@ -25,7 +24,7 @@ from vllm_eagle3.train.drafting import DocumentDrafter
 from vllm_eagle3.train.features import FeatureBatch, Target
 from vllm_eagle3.train.model import DraftHead
 from vllm_eagle3.train.objectives import LossResult
-from vllm_eagle3.train.scoring import accepted_of_document, path_probabilities
+from vllm_eagle3.train.rounds import Rounds, rounds_of_document
 from vllm_eagle3.train.settings import TrainConfig
 
 TEMPERATURES = (0.0, 1.0)
@@ -40,8 +39,8 @@ class Prediction:
         roots: rounds of drafting that the means are over.
         tau: by temperature, ``"T=0"`` and ``"T=1"``.
         tau_of_text: where the target's draws are the documents themselves.
-        accepted: by temperature, the share of rounds that accept a draft of depth 1, 2, ...:
-            the sums of these are ``tau - 1``.
+        accepted: by temperature, the share of rounds that accept a draft of depth 1, 2, ... and
+            emit a token after it: the sums of these are ``tau - 1``.
     """
 
     roots: int
@@ -122,19 +121,19 @@ def predict(
     for document in documents:
         tokens_T = torch.from_numpy(document.tokens[:longest].astype("int64")).to(head.d2t.device)
         assistant_T = torch.from_numpy(document.assistant[:longest]).to(head.d2t.device)
-        slots_R = _possible_roots(assistant_T)
-        if not len(slots_R):
+        if not assistant_T.any():
             continue
         batch = TokenBatch(tokens_T.unsqueeze(0), assistant_T.unsqueeze(0))
-        features_TF = read(batch).features_BTF[0]
-        drafter = DocumentDrafter(head, tokens_T, features_TF)
+        drafter = DocumentDrafter(head, tokens_T, read(batch).features_BTF[0])
         for tally in tallies.values():
-            tally.add(target, drafter, slots_R)
+            rounds = rounds_of_document(target, drafter, assistant_T, tally.config, TEMPERATURES)
+            if rounds is not None:
+                tally.add(rounds)
     return {name: tally.result() for name, tally in tallies.items() if tally.roots}
 
 
 class _Tally:
-    """Sums over the roots of several documents."""
+    """Sums over the rounds of several documents."""
 
     def __init__(self, config: TreeConfig) -> None:
         self.config = config
@@ -144,21 +143,11 @@ class _Tally:
             for temperature in TEMPERATURES
         }
 
-    def add(self, target: Target, drafter: DocumentDrafter, slots_R: torch.Tensor) -> None:
-        tokens_T = drafter.tokens_T
-        trees = drafter.trees(slots_R, self.config)
-        accepted_R = accepted_of_document(tokens_T, slots_R, trees).tolist()
-        visited = _walk(slots_R.tolist(), accepted_R)
-        self.roots += len(visited)
-        self.emitted += sum(accepted_R[index] + 1 for index in visited)
-        kept = torch.tensor(visited, device=slots_R.device)
-        trees = type(trees)(*(value[kept] for value in vars(trees).values()))
-        scores = path_probabilities(target, tokens_T, slots_R[kept], trees, TEMPERATURES)
-        depths = trees.depths_BN.flatten().long().cpu()
-        for temperature, probs_RN in zip(TEMPERATURES, scores, strict=True):
-            by_depth = torch.zeros(self.config.depth + 1, dtype=torch.float64)
-            by_depth.index_add_(0, depths, probs_RN.flatten().double().cpu())
-            self.accepted_D[temperature] += by_depth[1:]
+    def add(self, rounds: Rounds) -> None:
+        self.roots += len(rounds.roots_R)
+        self.emitted += int(rounds.emitted_R.sum())
+        for temperature, exceeds_RD in rounds.exceeds_TRD.items():
+            self.accepted_D[temperature] += exceeds_RD.sum(0)
 
     def result(self) -> Prediction:
         shares = {f"T={t:g}": (sums / self.roots).tolist() for t, sums in self.accepted_D.items()}
@@ -168,18 +157,3 @@ class _Tally:
             tau_of_text=self.emitted / self.roots,
             accepted=shares,
         )
-
-
-def _possible_roots(assistant_T: torch.Tensor) -> torch.Tensor:
-    """Slots p whose root (token p+1) and next token (p+2) are the assistant's."""
-    return (assistant_T[1:-1] & assistant_T[2:]).nonzero().squeeze(1)
-
-
-def _walk(slots: list[int], accepted: list[int]) -> list[int]:
-    """Indices of the roots that are drafted from, ``slots`` rising."""
-    visited, beyond = [], -1
-    for index, slot in enumerate(slots):
-        if slot >= beyond:
-            visited.append(index)
-            beyond = slot + accepted[index] + 1
-    return visited

@@ -1,6 +1,7 @@
 """Heads on disk, as vLLM loads them: EAGLE-3's flat format, and EAGLE-1's."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from vllm_eagle3.corpus import write_json
 from vllm_eagle3.train.eagle1 import Eagle1Head
-from vllm_eagle3.train.model import DraftHead, Eagle3Head, HeadConfig
+from vllm_eagle3.train.model import DraftHead, Eagle3Head, HeadConfig, captured_layers
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _EAGLE1_ARCHITECTURE = "EagleLlamaForCausalLM"
@@ -96,18 +97,23 @@ def _layer_config(config: HeadConfig, dtype: str) -> dict[str, Any]:
 
 
 def load_head(
-    path: Path, embedding: torch.Tensor, output_matrix: torch.Tensor | None = None
-) -> Any:
-    """Read a checkpoint written by :func:`export`, in float32.
+    path: Path,
+    embedding: torch.Tensor,
+    output_matrix: torch.Tensor | None = None,
+    num_target_layers: int | None = None,
+) -> DraftHead:
+    """Read a head of the layouts that :func:`export` writes, as vLLM reads it, in float32.
 
     Args:
         embedding, output_matrix: the target's, [vocab, H]; an EAGLE-1 head needs both.
+        num_target_layers: settles which layers a head captures that does not say so.
 
     Returns:
         An ``Eagle3Head`` or an ``Eagle1Head``.
 
     Raises:
-        ValueError: a file is missing, or the head is for another hidden size or vocabulary.
+        ValueError: a file is missing, the head is for another hidden size or vocabulary, or it
+            has parts that these two do not have.
     """
     from safetensors.torch import load_file
 
@@ -125,21 +131,55 @@ def load_head(
         name: weight.float() if weight.is_floating_point() else weight
         for name, weight in load_file(path / "model.safetensors").items()
     }
+    flags = stored | (stored.get("eagle_config") or {})  # vLLM looks in both
     if stored["architectures"] == [_EAGLE1_ARCHITECTURE]:
         if output_matrix is None:
             raise ValueError(f"{path} is an EAGLE-1 head: it needs the target's output matrix")
-        head = Eagle1Head(_head_config(stored, ()), embedding, output_matrix)
-        weights |= {"d2t": head.d2t, "t2d": head.t2d}
+        head = Eagle1Head(_head_config(path, flags, ()), embedding, output_matrix)
     else:
-        layers = tuple(stored["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
-        ids = weights["d2t"] + torch.arange(len(weights["d2t"]))
-        head = Eagle3Head(_head_config(stored, layers), embedding, ids)
-    head.load_state_dict(weights)
+        layers = _captured_layers(path, flags, num_target_layers)
+        num_drafted = len(weights.get("lm_head.weight", ()))
+        offsets = weights.get("d2t", torch.zeros(num_drafted, dtype=torch.int64))
+        ids = offsets + torch.arange(num_drafted)
+        head = Eagle3Head(_head_config(path, flags, layers), embedding, ids)
+    _check_parts(path, flags, set(weights), set(head.state_dict()))
+    head.load_state_dict({"d2t": head.d2t, "t2d": head.t2d} | weights)
     return head
 
 
-def _head_config(stored: dict[str, Any], aux_layer_ids: tuple[int, ...]) -> HeadConfig:
-    names = {name: _RENAMED.get(name, name) for name in HeadConfig.__dataclass_fields__}
-    known = {name: stored[key] for name, key in names.items() if key in stored}
-    whole = {"draft_vocab_size": stored["vocab_size"]}
-    return HeadConfig(**whole | known, aux_layer_ids=aux_layer_ids)
+def _captured_layers(path: Path, flags: dict[str, Any], num_layers: int | None) -> tuple[int, ...]:
+    layers = flags.get("eagle_aux_hidden_state_layer_ids")
+    if layers:
+        return tuple(layers)
+    if num_layers is None:
+        raise ValueError(f"{path}: config.json does not name the layers that the head captures")
+    return captured_layers(num_layers)
+
+
+def _check_parts(path: Path, flags: dict[str, Any], found: set[str], known: set[str]) -> None:
+    """Refuse what would be computed differently from what vLLM does with the same files."""
+    others = [name for name in ("norm_before_residual", "rope_scaling") if flags.get(name)]
+    others += sorted(found - known)
+    missing = sorted(known - found - {"d2t", "t2d"})
+    if others or missing:
+        raise ValueError(
+            f"{path} is no head that PyTorch can draft with here:"
+            + (f" {', '.join(others)} not known" if others else "")
+            + (f" {', '.join(missing)} missing" if missing else "")
+        )
+
+
+def _head_config(path: Path, flags: dict[str, Any], aux_layer_ids: tuple[int, ...]) -> HeadConfig:
+    sizes = {"draft_vocab_size": flags["vocab_size"]}
+    for field in fields(HeadConfig):
+        key = _RENAMED.get(field.name, field.name)
+        if key in flags:
+            sizes[field.name] = flags[key]
+    sizes["aux_layer_ids"] = aux_layer_ids
+    try:
+        return HeadConfig(**sizes)
+    except TypeError as error:  # it names what is missing
+        raise ValueError(
+            f"{path}: config.json is not whole ({error}): write it anew with "
+            "`vllm-eagle3 convert-head`"
+        ) from error

@@ -35,7 +35,8 @@ def path_probabilities(
 ) -> list[torch.Tensor]:
     """The target's probability of every node's path.
 
-    Nodes below the end of a turn count as never accepted: a server stops there.
+    A node that ends a turn counts as never accepted, and so do those below it: the server emits
+    the end whether it was drafted or not, and nothing after it.
 
     Args:
         tokens_T: int64, the document.
@@ -44,7 +45,7 @@ def path_probabilities(
 
     Returns:
         For each temperature float32 [R, N]; 0 in the root's column, so that the sum of a row is
-        the expected number of accepted drafts.
+        the expected number of tokens that the round emits, less one.
     """
     chunks = []
     for start in range(0, len(slots_R), _ROOTS):
@@ -55,11 +56,15 @@ def path_probabilities(
 
 
 def accepted_of_document(
-    tokens_T: torch.Tensor, slots_R: torch.Tensor, trees: DraftTree
+    tokens_T: torch.Tensor, slots_R: torch.Tensor, ends_R: torch.Tensor, trees: DraftTree
 ) -> torch.Tensor:
-    """How many drafts are accepted where the target's draws are the document, int64 [R]."""
+    """How many drafts are accepted where the target's draws are the document, int64 [R].
+
+    Args:
+        ends_R: int64, the position behind the root's turn; the target draws nothing from there.
+    """
     wanted_RN = slots_R.unsqueeze(1) + 2 + trees.depths_BN
-    inside_RN = wanted_RN < len(tokens_T)
+    inside_RN = wanted_RN < ends_R.unsqueeze(1)
     draws_RN = tokens_T[wanted_RN.clamp(max=len(tokens_T) - 1)].where(inside_RN, -1)
     num_nodes_R = torch.full_like(slots_R, trees.tokens_BN.shape[1])
     return verify(draws_RN, trees.tokens_BN, trees.parents_BN, num_nodes_R).path_len_B.long() - 1
@@ -77,12 +82,11 @@ def _probabilities(target, tokens_T, slots_R, tree, temperatures) -> list[torch.
     hidden_PH, tokens_P = hidden_SH[rows_RM.flatten()], nodes_RM.flatten()
 
     path_RNN = mask.bits_to_mask(tree.ancestor_bits_BN, N)[:, 1:, 1:]
-    # Sums along paths, as a product with the paths' nodes; float64 keeps them exact enough.
-    above_RNN = path_RNN & ~torch.eye(N - 1, dtype=torch.bool, device=device)
     ends_RM = torch.isin(nodes_RM, torch.tensor(target.end_token_ids, device=device))
-    stopped_RM = (above_RNN & ends_RM.unsqueeze(1)).any(-1)
+    stopped_RM = (path_RNN & ends_RM.unsqueeze(1)).any(-1)
     results = []
     for log_probs_P in _log_probabilities(target, hidden_PH, tokens_P, temperatures):
+        # Sums along paths, as a product with the paths' nodes; float64 keeps them exact enough.
         log_probs_RM1 = log_probs_P.view(R, N - 1, 1)
         path_RM = (path_RNN.to(log_probs_RM1) @ log_probs_RM1).squeeze(-1)
         probs_RM = path_RM.exp().masked_fill(stopped_RM, 0.0).float()
