@@ -5,7 +5,7 @@ import pytest
 
 from tests.bench.chat import write_tokenizer
 from tests.engine import tiny
-from vllm_eagle3.bench import acceptance
+from vllm_eagle3.bench import acceptance, answering
 from vllm_eagle3.bench.jobs import WorkerError
 
 
@@ -56,7 +56,7 @@ def jobs(monkeypatch):
             }
         yield {"event": "done"}
 
-    monkeypatch.setattr(acceptance, "run_worker", run_worker)
+    monkeypatch.setattr(answering, "run_worker", run_worker)
     monkeypatch.setattr(acceptance, "check_plugin", lambda configurations: None)
     return seen
 

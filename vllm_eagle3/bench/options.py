@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, parse_tree
+from vllm_eagle3.bench.questions import DEFAULT_DATA, PACKAGED
 
 MEMORY_SHARE = 0.9  # of the GPU's, for all engines that live at once
 
@@ -15,6 +17,18 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
         "--target", required=True, help="target model: a folder or a name that vLLM loads"
     )
     parser.add_argument("--head", required=True, help="its EAGLE-3 head")
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Declare which sets of questions are asked."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        type=Path,
+        default=DEFAULT_DATA,
+        help=f"{', '.join(PACKAGED)} (80 questions each, which come with the package), JSON lines"
+        ' with "turns", or folders of them (default: the three sets)',
+    )
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-DEFAULT_DATA = [
-    Path(__file__).parent / "data" / name
-    for name in ("mt_bench.jsonl", "humaneval.jsonl", "gsm8k.jsonl")
-]
+PACKAGED = {
+    name: Path(__file__).parent / "data" / f"{name}.jsonl"
+    for name in ("mt_bench", "humaneval", "gsm8k")
+}
+DEFAULT_DATA = list(PACKAGED.values())
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class Question:
         dataset: name of the set, the stem of its file.
         number: position in the file, from 0.
         turns: the user's messages, in order.
+        category: the kind of question, where the file names one.
     """
 
     dataset: str
     number: int
     turns: tuple[str, ...]
+    category: str | None = None
 
     def seed(self, base: int, turn: int) -> int:
         """A seed of its own for each turn, the same in every configuration.
@@ -39,7 +42,7 @@ def load_questions(paths: Iterable[str | Path], limit: int | None = None) -> lis
     """Read JSON lines with a ``turns`` list, each file (or ``*.jsonl`` of a folder) a set.
 
     Args:
-        paths: files and folders.
+        paths: files, folders and names of ``PACKAGED`` sets.
         limit: keep the first so many questions of each set.
 
     Raises:
@@ -51,8 +54,12 @@ def load_questions(paths: Iterable[str | Path], limit: int | None = None) -> lis
             files.extend(sorted(path.glob("*.jsonl")))
         elif path.is_file():
             files.append(path)
+        elif str(path) in PACKAGED:
+            files.append(PACKAGED[str(path)])
         else:
-            raise ValueError(f"--data {path}: no such file or folder")
+            raise ValueError(
+                f"--data {path}: no such file or folder, and none of {', '.join(PACKAGED)}"
+            )
     if not files:
         raise ValueError("--data: no *.jsonl file to read questions from")
     stems = [file.stem for file in files]
@@ -70,14 +77,18 @@ def _read(file: Path, limit: int | None) -> list[Question]:
             if not line.strip():
                 continue
             try:
-                turns = json.loads(line)["turns"]
+                question = json.loads(line)
+                turns = question["turns"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f'{file}, line {line_number}: expected a JSON object with "turns"'
                 ) from error
             if not (isinstance(turns, list) and turns and all(isinstance(t, str) for t in turns)):
                 raise ValueError(f'{file}, line {line_number}: "turns" must be a list of strings')
-            questions.append(Question(file.stem, len(questions), tuple(turns)))
+            category = question.get("category")
+            if not isinstance(category, str | None):
+                raise ValueError(f'{file}, line {line_number}: "category" must be a string')
+            questions.append(Question(file.stem, len(questions), tuple(turns), category))
     return questions
 
 

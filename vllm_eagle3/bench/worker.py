@@ -16,9 +16,9 @@ Events, by ``"event"``::
 
     ready    versions and device, before the first pass
     step     stream only: dataset, number, turn, texts (of each token), finished
-    turn     dataset, number, turn, temperature, tokens, steps (tokens of each engine step),
-             runner_up ([token, log-probability gap] for each token) where asked for and
-             where a GPU makes it cheap
+    turn     dataset, number, turn, temperature, prompt (its tokens), tokens, steps (tokens of
+             each engine step), runner_up ([token, log-probability gap] for each token) where
+             asked for and where a GPU makes it cheap
     skipped  a turn whose prompt leaves no room below max_model_len
     pass     temperature, seconds, and vLLM's own counters of the pass
     done     the last one
@@ -58,6 +58,7 @@ class _Turn:
 
     def __init__(self, conversation: dict[str, Any], answers: list[str]) -> None:
         self.conversation = conversation
+        self.prompt: list[int] = []
         self.answers = answers
         self.number = len(answers)
         self.tokens: list[int] = []
@@ -109,9 +110,9 @@ class _Pass:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        prompt = chat_prompt(self.tokenizer, turn.conversation["turns"], turn.answers)
-        if len(prompt) >= self.engine.vllm_config.model_config.max_model_len:
-            self.emit({"event": "skipped", **turn.ids(), "prompt_tokens": len(prompt)})
+        turn.prompt = chat_prompt(self.tokenizer, turn.conversation["turns"], turn.answers)
+        if len(turn.prompt) >= self.engine.vllm_config.model_config.max_model_len:
+            self.emit({"event": "skipped", **turn.ids(), "prompt_tokens": len(turn.prompt)})
             return
         request_id = f"{turn.conversation['dataset']}-{turn.conversation['number']}-{turn.number}"
         self.turns[request_id] = turn
@@ -123,7 +124,7 @@ class _Pass:
             # One output for each engine step: the step's own tokens.
             output_kind=RequestOutputKind.DELTA,
         )
-        self.engine.add_request(request_id, {"prompt_token_ids": prompt}, sampling)
+        self.engine.add_request(request_id, {"prompt_token_ids": turn.prompt}, sampling)
 
     def _receive(self, output: "RequestOutput") -> None:
         turn = self.turns[output.request_id]
@@ -151,6 +152,7 @@ class _Pass:
             "event": "turn",
             **turn.ids(),
             "temperature": self.settings["temperature"],
+            "prompt": turn.prompt,
             "tokens": turn.tokens,
             "steps": turn.steps,
         }
