@@ -41,6 +41,8 @@ def test_trees_as_the_command_line_names_them():
     assert (default.name, shaped.name) == ("tree-31", "tree-31-5-4")
     assert default.shape == {"depth": 5, "top_k": 16, "verify_budget": 128}
     assert shaped.shape == {"depth": 5, "top_k": 4, "verify_budget": 128}
+    assert parse_tree("31/5/4", one_size=True).shape["verify_budget"] is None
+    assert parse_tree("31", one_size=True).name == "tree-31"
     for text in ("31/5", "a", "31/5/4/1", "31/-5/4"):
         with pytest.raises(ValueError, match="as in 31"):
             parse_tree(text)

@@ -1,11 +1,12 @@
 """The engine configurations that a benchmark compares."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_eagle3.config import TreeConfig
+from vllm_eagle3.heads.serving import method_of
 
 _PLUGIN_GROUP = "vllm.general_plugins"
 _PLUGIN = "vllm_eagle3.engine.plugin:register"
@@ -26,11 +27,15 @@ class Configuration:
     tree: dict[str, int | None] | bool | None = None
 
     def speculative_config(self, head: str) -> dict[str, Any] | None:
-        """What a user would pass to ``LLM(speculative_config=...)``."""
+        """What a user would pass to ``LLM(speculative_config=...)``.
+
+        Raises:
+            ValueError: a folder ``head`` that holds no EAGLE head.
+        """
         if self.num_speculative_tokens is None:
             return None
         config: dict[str, Any] = {
-            "method": "eagle3",
+            "method": method_of(head),
             "model": head,
             "num_speculative_tokens": self.num_speculative_tokens,
         }
@@ -84,10 +89,12 @@ def _shape(*sizes: int | None) -> dict[str, int | None]:
     return {name: n for name, n in zip(names, sizes, strict=False) if n is not None}
 
 
-def parse_tree(text: str) -> Configuration:
+def parse_tree(text: str, one_size: bool = False) -> Configuration:
     """A tree as the command line names it: ``N``, or ``N/D/K`` with depth and top-k.
 
-    As a server has it: smaller where more requests share the default verification budget.
+    Args:
+        one_size: the same in every batch; else as a server has it, smaller where more requests
+            share the default verification budget.
 
     Raises:
         ValueError: another form, or a shape that no tree can have.
@@ -99,9 +106,12 @@ def parse_tree(text: str) -> Configuration:
             " top-k, as in 31/6/8"
         )
     nodes, *shape = map(int, sizes)
-    tree = _shape(*shape) or True
-    TreeConfig.from_dict(tree, nodes)
-    return Configuration("tree-" + "-".join(sizes), nodes, tree=tree)
+    name = "tree-" + "-".join(sizes)
+    if one_size:
+        return replace(tree(nodes, *shape), name=name)
+    asked = _shape(*shape) or True
+    TreeConfig.from_dict(asked, nodes)
+    return Configuration(name, nodes, tree=asked)
 
 
 def check_plugin(configurations: Sequence[Configuration]) -> None:
