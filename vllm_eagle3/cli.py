@@ -55,6 +55,11 @@ COMMANDS = (
         "train",
     ),
     Command(("train",), "vllm_eagle3.train.trainer", "train an EAGLE-3 head", "train"),
+    Command(
+        ("eval",),
+        "vllm_eagle3.bench.evaluate",
+        "what a head gains when served, beside what training predicts of it",
+    ),
     Command(("inspect",), "vllm_eagle3.heads.inspect", "what is a head, and how is it served?"),
     Command(
         ("convert-head",),

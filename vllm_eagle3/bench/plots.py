@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_eagle3.bench.configurations import PLAIN
+from vllm_eagle3.bench.figure import engine_title, subplots
 from vllm_eagle3.bench.ratios import HEADLINE
 from vllm_eagle3.bench.speed_report import least_step_ms
 from vllm_eagle3.bench.steps import CATEGORIES
@@ -42,19 +43,9 @@ def write(results: dict[str, Any], path: Path) -> list[Path]:
     return written
 
 
-def _figure(columns: int, width: float) -> tuple[Any, Sequence["Axes"]]:
-    # Not pyplot, which looks for a display and keeps every figure.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, 4.2), layout="constrained", dpi=150)
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
 def _speedup(results: dict[str, Any], path: Path) -> None:
     temperatures = list(dict.fromkeys(cell["temperature"] for cell in results["summary"]))
-    figure, axes = _figure(len(temperatures), 5.5)
+    figure, axes = subplots(len(temperatures), 5.5)
     names = [entry["name"] for entry in results["configurations"] if entry["name"] != PLAIN.name]
     for axis, temperature in zip(axes, temperatures, strict=True):
         cells = sorted(
@@ -72,7 +63,7 @@ def _speedup(results: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"decoding, tokens/s over {_reference(results)}")
     axes[-1].legend(fontsize="small")
-    figure.suptitle(_title(results), fontsize="small")
+    figure.suptitle(engine_title(results), fontsize="small")
     figure.savefig(path)
 
 
@@ -100,7 +91,7 @@ def _line(axis: "Axes", cells: Sequence[dict[str, Any]], name: str) -> None:
 def _steps(results: dict[str, Any], path: Path) -> None:
     profiles = results["profiles"]
     batches = sorted({profile["batch_size"] for profile in profiles})
-    figure, axes = _figure(len(batches), 1.5 + 0.6 * len(results["configurations"]))
+    figure, axes = subplots(len(batches), 1.5 + 0.6 * len(results["configurations"]))
     for axis, batch_size in zip(axes, batches, strict=True):
         shown = [profile for profile in profiles if profile["batch_size"] == batch_size]
         bottoms = [0.0] * len(shown)
@@ -118,11 +109,5 @@ def _steps(results: dict[str, Any], path: Path) -> None:
         axis.set_title(f"batch {batch_size}")
     axes[0].set_ylabel("ms for each step")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize="small", loc="outside right")
-    figure.suptitle(_title(results), fontsize="small")
+    figure.suptitle(engine_title(results), fontsize="small")
     figure.savefig(path)
-
-
-def _title(results: dict[str, Any]) -> str:
-    engine = next((e["engine"] for e in results["configurations"] if e["engine"]), {})
-    title = f"{engine.get('device', '')}, vLLM {engine.get('vllm', '')}, {engine.get('dtype', '')}"
-    return "\n".join([title, *results["notes"]])

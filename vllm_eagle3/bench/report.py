@@ -14,18 +14,16 @@ def render(results: dict[str, Any]) -> str:
     configurations = results["configurations"]
     drafting = [entry for entry in configurations if entry["num_speculative_tokens"]]
     cells = [(cell["dataset"], cell["temperature"]) for cell in results["cells"]]
-    header = ["configuration", *(f"{_TITLES.get(d, d)}, T={t:g}" for d, t in cells)]
+    header = ["configuration", *(f"{title(d)}, T={t:g}" for d, t in cells)]
     parts = [
         *results["notes"],
         "Mean acceptance length tau: tokens for each target forward.",
-        table(header, [[_label(e), *(_tau(e, *cell) for cell in cells)] for e in drafting]),
+        table(header, [[label(e), *(_tau(e, *cell) for cell in cells)] for e in drafting]),
     ]
     if any("identity" in cell for entry in configurations for cell in entry["cells"]):
         parts += [
             "Turns with the very tokens of plain decoding, of those compared.",
-            table(
-                header, [[_label(e), *(_identity(e, *cell) for cell in cells)] for e in drafting]
-            ),
+            table(header, [[label(e), *(_identity(e, *cell) for cell in cells)] for e in drafting]),
         ]
     gap = _largest_gap(drafting)
     if gap is not None:
@@ -55,7 +53,13 @@ def render(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _label(entry: dict[str, Any]) -> str:
+def title(dataset: str) -> str:
+    """A data set's name as it is usually written."""
+    return _TITLES.get(dataset, dataset)
+
+
+def label(entry: dict[str, Any]) -> str:
+    """A configuration in words."""
     count = entry["num_speculative_tokens"]
     if entry["tree"] is None:
         return f"chain, {count} drafts"

@@ -17,8 +17,8 @@ Events, by ``"event"``::
     ready    versions and device, before the first pass
     step     stream only: dataset, number, turn, texts (of each token), finished
     turn     dataset, number, turn, temperature, prompt (its tokens), tokens, steps (tokens of
-             each engine step), runner_up ([token, log-probability gap] for each token) where
-             asked for and where a GPU makes it cheap
+             each engine step), finish_reason (vLLM's), runner_up ([token, log-probability gap]
+             for each token) where asked for and where a GPU makes it cheap
     skipped  a turn whose prompt leaves no room below max_model_len
     pass     temperature, seconds, and vLLM's own counters of the pass
     done     the last one
@@ -141,13 +141,13 @@ class _Pass:
                 self._emit_step(turn, len(completion.token_ids), output.finished)
         if output.finished:
             del self.turns[output.request_id]
-            self._finish(turn)
+            self._finish(turn, completion.finish_reason)
 
     def _emit_step(self, turn: _Turn, count: int, finished: bool) -> None:
         texts = token_texts(self.tokenizer, turn.tokens, count)
         self.emit({"event": "step", **turn.ids(), "texts": texts, "finished": finished})
 
-    def _finish(self, turn: _Turn) -> None:
+    def _finish(self, turn: _Turn, finish_reason: str | None) -> None:
         event = {
             "event": "turn",
             **turn.ids(),
@@ -155,6 +155,7 @@ class _Pass:
             "prompt": turn.prompt,
             "tokens": turn.tokens,
             "steps": turn.steps,
+            "finish_reason": finish_reason,
         }
         if turn.runner_up:
             event["runner_up"] = turn.runner_up

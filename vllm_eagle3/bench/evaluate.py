@@ -1,0 +1,100 @@
+"""``vllm-eagle3 eval``: what a head gains when it is served, and what was predicted of it.
+
+vLLM answers the questions with every chain and tree (see :mod:`vllm_eagle3.bench.answering`), and
+the tokens of each engine step give tau and acceptance by depth, by task and by length of the
+context. The same answers are then replayed offline, as ``vllm-eagle3 train`` predicts tau on
+held-out text, so that both speak of the same rounds (:mod:`vllm_eagle3.bench.rounds`). What can
+part them:
+
+- chance: above temperature 0 the prediction is the mean over what the target might have drawn,
+  the served figure one draw of each. The standard error says how far that carries; replaying the
+  text itself, ``tau_of_text``, has no such noise;
+- rounding: in half precision near ties fall differently in vLLM's kernels than in PyTorch's;
+- trimmed trees: vLLM verifies fewer drafts in the last rounds before ``--max-model-len``.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_eagle3.bench import answering, evaluate_report
+from vllm_eagle3.bench.configurations import Configuration, chain, check_plugin, parse_tree
+from vllm_eagle3.bench.evaluate_results import merge
+from vllm_eagle3.bench.options import add_data, add_pair, check_names
+from vllm_eagle3.bench.prediction import Prediction, predict
+from vllm_eagle3.bench.questions import load_questions
+from vllm_eagle3.config import DEFAULT_NUM_SPECULATIVE_TOKENS
+from vllm_eagle3.heads.checkpoint import Checkpoint
+from vllm_eagle3.heads.description import describe
+from vllm_eagle3.heads.serving import serving
+from vllm_eagle3.heads.target import TargetShape
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    add = parser.add_argument
+    add_pair(parser)
+    add_data(parser)
+    add("--chain", nargs="*", type=int, default=[5], help="drafts of vLLM's chains")
+    add(
+        "--tree",
+        nargs="*",
+        default=[str(DEFAULT_NUM_SPECULATIVE_TOKENS)],
+        help="trees, as N or N/DEPTH/TOP_K, of one size in every batch",
+    )
+    answering.add_arguments(parser)
+    add("--no-prediction", action="store_true", help="served figures only")
+    add(
+        "--output",
+        type=Path,
+        default=Path("eval.json"),
+        help="JSON file; tables (.md) and plots (.png) go beside it (default: eval.json)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve, replay and report; 0 if every configuration and the prediction finished, else 1.
+
+    Raises:
+        ValueError: a setting that cannot work, before any engine starts.
+    """
+    answering.check_arguments(args)
+    configurations = [chain(count) for count in args.chain]
+    configurations += [parse_tree(text, one_size=True) for text in args.tree]
+    check_names(configurations)
+    _check_head(args, configurations)
+    check_plugin(configurations)
+    questions = load_questions(args.data, args.limit)
+    log_dir = args.output.with_suffix(".logs")
+    log_dir.mkdir(parents=True, exist_ok=True)
+
+    runs = answering.answer(args, configurations, questions, log_dir)
+    if args.no_prediction:
+        prediction = Prediction()
+    else:
+        prediction = predict(args, configurations, runs, log_dir / "prediction.log")
+    results = merge(args, configurations, runs, prediction, questions)
+    args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    tables = evaluate_report.render(results)
+    args.output.with_suffix(".md").write_text(tables, encoding="utf-8")
+    print(tables)
+    try:
+        from vllm_eagle3.bench import evaluate_plots
+
+        evaluate_plots.write(results, args.output)
+    except ModuleNotFoundError as error:
+        print(f"vllm-eagle3: no plots, {error}: pip install 'vllm-eagle3[bench]'", file=sys.stderr)
+    return 1 if prediction.error or any(run.error for run in runs) else 0
+
+
+def _check_head(args: argparse.Namespace, configurations: Sequence[Configuration]) -> None:
+    """Raise ``ValueError`` for a head that cannot be served as it is asked for."""
+    target = TargetShape.read(args.target) if Path(args.target).is_dir() else None
+    verdict = serving(describe(Checkpoint.open(args.head), target), target)
+    trees = any(configuration.tree is not None for configuration in configurations)
+    if not verdict.chain or (trees and not verdict.tree):
+        raise ValueError(f"--head {args.head}: {'; '.join(verdict.refusals)}")
+    for warning in verdict.warnings:
+        print(f"vllm-eagle3: --head {args.head}: {warning}", file=sys.stderr)

@@ -1,0 +1,117 @@
+"""Replays served answers offline, in a process of its own: reads a job, writes events.
+
+``python -m vllm_eagle3.bench.predictor JOB.json EVENT_FD`` drafts along each answer with the
+head in PyTorch and scores the drafts with the target in Transformers; it needs no vLLM. One JSON
+object a line goes to the file descriptor ``EVENT_FD``; :mod:`vllm_eagle3.bench.prediction` is the
+other end.
+
+Job::
+
+    {"target": "...", "head": "...",
+     "dtype": "bfloat16",         of both, as the engine had them
+     "end_token_ids": [2],        ends of answers beside those that the target's config names
+     "answers": [{"prompt": [...], "tokens": [...],
+                  "limit": 700,   tokens, the prompt's included, at which the server cuts
+                  "wanted": [{"tree": [drafts, depth, top_k], "temperature": 0.0}]}]}
+
+Events, by ``"event"``::
+
+    ready    device
+    rounds   answer and wanted (their indices), contexts (tokens before each round), tokens (that
+             it emits with the answer's text), exceeds (for each round the probabilities that it
+             emits more than 1, 2, ... tokens)
+    refused  reason: a target or head that PyTorch cannot run here
+    done     the last one
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_eagle3.config import TreeConfig
+from vllm_eagle3.train.data import TokenBatch
+from vllm_eagle3.train.drafting import DocumentDrafter
+from vllm_eagle3.train.export import load_head
+from vllm_eagle3.train.features import Target, load_target
+from vllm_eagle3.train.model import DraftHead
+from vllm_eagle3.train.rounds import rounds_of_document
+
+Emit = Callable[[dict[str, Any]], None]
+_DIGITS = 6
+
+
+@torch.no_grad()
+def run(job: dict[str, Any], emit: Emit) -> None:
+    """Replay all answers of a job."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target, head = _load(job, device)
+    except ValueError as error:
+        emit({"event": "refused", "reason": str(error)})
+        return
+    emit({"event": "ready", "device": device.type})
+    for index, answer in enumerate(job["answers"]):
+        for event in _replay(target, head, answer, device):
+            emit({"event": "rounds", "answer": index, **event})
+    emit({"event": "done"})
+
+
+def _load(job: dict[str, Any], device: torch.device) -> tuple[Target, DraftHead]:
+    dtype = getattr(torch, job["dtype"])
+    model = load_target(job["target"], device, dtype)
+    unhooked = Target(model, ())
+    layers = model.config.num_hidden_layers
+    head = load_head(Path(job["head"]), unhooked.embedding, unhooked.output_matrix, layers)
+    target = Target(model, head.config.aux_layer_ids)
+    # A server ends answers at the tokenizer's end token, too.
+    ends = {*target.end_token_ids, *job["end_token_ids"]}
+    model.generation_config.eos_token_id = sorted(ends)
+    return target, head.to(device, dtype).eval()
+
+
+def _replay(
+    target: Target, head: DraftHead, answer: dict[str, Any], device: torch.device
+) -> list[dict[str, Any]]:
+    """The rounds of one answer, for each chain or tree that is wanted."""
+    prompt, tokens = answer["prompt"], answer["tokens"]
+    tokens_T = torch.tensor(prompt + tokens, device=device)
+    assistant_T = torch.arange(len(tokens_T), device=device) >= len(prompt)
+    batch = TokenBatch(tokens_T.unsqueeze(0), assistant_T.unsqueeze(0))
+    features_TF = target.read(batch, head.draft_token_ids, head.t2d).features_BTF[0]
+    drafter = DocumentDrafter(head, tokens_T, features_TF)
+    events = []
+    for index, wanted in enumerate(answer["wanted"]):
+        drafts, depth, top_k = wanted["tree"]
+        config = TreeConfig(drafts, depth=depth, top_k=top_k, verify_budget=None)
+        temperature = wanted["temperature"]
+        rounds = rounds_of_document(
+            target, drafter, assistant_T, config, [temperature], answer["limit"]
+        )
+        if rounds is not None:
+            exceeds = rounds.exceeds_TRD[temperature].tolist()
+            events.append(
+                {
+                    "wanted": index,
+                    "contexts": (rounds.roots_R + 1).tolist(),
+                    "tokens": rounds.emitted_R.tolist(),
+                    "exceeds": [[round(share, _DIGITS) for share in row] for row in exceeds],
+                }
+            )
+    return events
+
+
+def main() -> None:
+    job_path, event_fd = sys.argv[1:]
+    with open(job_path, encoding="utf-8") as file:
+        job = json.load(file)
+    with os.fdopen(int(event_fd), "w", encoding="utf-8", buffering=1) as events:
+        run(job, lambda event: print(json.dumps(event), file=events, flush=True))
+
+
+if __name__ == "__main__":
+    main()
