@@ -73,6 +73,7 @@ def _depth(axis: "Axes", entries: Entries, temperature: float) -> None:
             predicted = figures["predicted"] and figures["predicted"]["accepted"]
             depths = range(1, entry["depth"] + 1)
             _lines(axis, depths, figures["served"]["accepted"], predicted, entry["name"])
+    axis.set_xticks(range(1, max(entry["depth"] for entry in entries) + 1))
     axis.set_xlabel("depth of a draft")
     axis.set_ylabel("share of rounds that accept it")
     axis.set_ylim(0, 1)

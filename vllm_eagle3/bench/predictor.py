@@ -51,7 +51,7 @@ def run(job: dict[str, Any], emit: Emit) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target, head = _load(job, device)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # Transformers' own for what it cannot find
         emit({"event": "refused", "reason": str(error)})
         return
     emit({"event": "ready", "device": device.type})
