@@ -8,7 +8,7 @@ import torch
 
 from tests.bench.served import run_of, turn
 from tests.train import brute, small
-from vllm_eagle3.bench import predictor
+from vllm_eagle3.bench import prediction, predictor
 from vllm_eagle3.bench.configurations import chain, parse_tree
 from vllm_eagle3.bench.prediction import _job, predict, shape_of
 from vllm_eagle3.bench.rounds import served_rounds
@@ -118,7 +118,7 @@ def test_an_answer_that_stopped_could_have_gone_on_to_the_limit(pair):
     assert limit(finish_reason="stop", prompt=list(range(250))) == 256
 
 
-def test_what_cannot_be_replayed_is_told(pair, tmp_path):
+def test_what_cannot_be_replayed_is_told(pair, tmp_path, monkeypatch):
     run = run_of(turn(0, [1, 2]))
     job, _ = _job(pair[2], WAYS[:1], [run])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
@@ -128,3 +128,5 @@ def test_what_cannot_be_replayed_is_told(pair, tmp_path):
     hurried = argparse.Namespace(**vars(pair[2]) | {"timeout": 0.01})
     assert "took longer" in predict(hurried, WAYS[:1], [run], tmp_path / "log").error
     assert predict(pair[2], WAYS[:1], [run_of()], tmp_path / "log").error == "there are no answers"
+    monkeypatch.setattr(prediction.WorkerProcess, "events", lambda self: iter([event]))
+    assert predict(pair[2], WAYS[:1], [run], tmp_path / "log").error == event["reason"]

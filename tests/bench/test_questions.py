@@ -26,6 +26,15 @@ def test_the_sets_that_come_with_the_package():
         assert {len(question.turns) for question in of_set} == {2 if name == "mt_bench" else 1}
 
 
+def test_packaged_sets_have_names_and_questions_their_category(tmp_path):
+    assert load_questions(["gsm8k"]) == load_questions(DEFAULT_DATA[2:])
+    categories = {question.category for question in load_questions(["mt_bench"])}
+    assert {"writing", "roleplay", "reasoning", "math", "coding"} < categories
+    path = write_lines(tmp_path / "set.jsonl", json.dumps({"turns": ["x"], "category": 3}))
+    with pytest.raises(ValueError, match=r"set\.jsonl, line 1: \"category\" must be a string"):
+        load_questions([path])
+
+
 def test_a_limit_holds_for_each_set():
     assert len(load_questions(DEFAULT_DATA, limit=3)) == 9
 
