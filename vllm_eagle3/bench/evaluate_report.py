@@ -4,21 +4,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_eagle3.bench.markdown import failure, table
-from vllm_eagle3.bench.report import label, title
+from vllm_eagle3.bench.report import label, shortfalls, title
 
-_FLAG = "**{}**"
+_FAILED = "failed"
 
 
 def render(results: dict[str, Any]) -> str:
     """Tables by task, by depth and by context length, and every error."""
     entries = [entry for entry in results["configurations"] if entry["tasks"]]
     temperatures = list(dict.fromkeys(t["temperature"] for e in entries for t in e["tasks"]))
+    limit = results["difference_limit_percent"]
     parts = [*results["notes"]]
     for temperature in temperatures:
         parts += [
             f"Mean acceptance length tau at T={temperature:g}, tokens for each target forward:"
-            " served by vLLM, predicted offline on the same answers, and how much the prediction"
-            " is off.",
+            " served by vLLM, and predicted offline on the same answers (±: the standard error of"
+            f" what chance draws; bold: more than {limit:g} % apart).",
             _tasks(entries, temperature),
         ]
     if entries:
@@ -29,17 +30,10 @@ def render(results: dict[str, Any]) -> str:
             "Tau by the length of the context at the beginning of a round (tokens), all tasks.",
             _contexts(entries, temperatures),
         ]
-    parts += [_verdict(entries, results["difference_limit_percent"])] if entries else []
+    parts += [_verdict(entries, limit)] if entries else []
     if results["prediction_error"]:
         parts.append(failure("prediction", results["prediction_error"]))
-    for entry in results["configurations"]:
-        if entry["skipped"]:
-            parts.append(
-                f"`{entry['name']}` skipped {len(entry['skipped'])} turns whose prompts do not fit"
-                " into max_model_len."
-            )
-        if entry["error"]:
-            parts.append(failure(entry["name"], entry["error"]))
+    parts += shortfalls(results["configurations"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -59,15 +53,15 @@ def total(entry: dict[str, Any], temperature: float) -> dict[str, Any] | None:
 def _tasks(entries: Sequence[dict[str, Any]], temperature: float) -> str:
     header = ["task"]
     for entry in entries:
-        header += [f"{label(entry)}: served", "predicted", "off"]
-    rows: dict[str, list[str]] = {}
-    places = [[t for t in e["tasks"] if t["temperature"] == temperature] for e in entries]
-    longest = max(places, key=len)
-    for index, task in enumerate(longest):
-        rows[index] = [task_title(task)]
-        for place in places:
-            rows[index] += _cells(place[index]) if place else ["failed", "", ""]
-    return table(header, rows.values())
+        header += [f"{label(entry)}: served", "predicted", "difference"]
+    columns = [[t for t in e["tasks"] if t["temperature"] == temperature] for e in entries]
+    rows = []
+    for index, task in enumerate(max(columns, key=len)):
+        row = [task_title(task)]
+        for column in columns:
+            row += _cells(column[index]) if column else [_FAILED] * 3
+        rows.append(row)
+    return table(header, rows)
 
 
 def _cells(figures: dict[str, Any]) -> list[str]:
@@ -89,7 +83,7 @@ def _difference(figures: dict[str, Any]) -> str:
     if difference is None:
         return "-"
     text = f"{difference:+.1f} %"
-    return _FLAG.format(text) if figures["flagged"] else text
+    return f"**{text}**" if figures["flagged"] else text
 
 
 def _depths(entries: Sequence[dict[str, Any]], temperatures: Sequence[float]) -> str:

@@ -9,7 +9,7 @@ from vllm_eagle3.bench.configurations import Configuration
 from vllm_eagle3.bench.options import recorded
 from vllm_eagle3.bench.prediction import Prediction, shape_of
 from vllm_eagle3.bench.questions import Question
-from vllm_eagle3.bench.results import Run, TurnKey, summarize
+from vllm_eagle3.bench.results import Run, TurnKey, account
 from vllm_eagle3.bench.rounds import (
     DIFFERENCE_LIMIT,
     Rounds,
@@ -76,15 +76,13 @@ def _entry(
             figures = everything.within(first, last).figures(depth)
             where = {"first": first, "last": last, "temperature": temperature}
             by_context.append(where | figures)
-    figures = summarize(run, None, ())
-    del figures["cells"]
     return {
         "name": configuration.name,
         "num_speculative_tokens": configuration.num_speculative_tokens,
         "tree": configuration.tree,
         "shape": configuration.shape,
         "depth": depth,
-        **figures,
+        **account(run),
         "tasks": by_task,
         "contexts": by_context,
     }

@@ -1,6 +1,6 @@
 """The acceptance benchmark's results as Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm_eagle3.bench.markdown import failure, table
@@ -42,15 +42,20 @@ def render(results: dict[str, Any]) -> str:
             "vLLM's own mean acceptance length, counted before answers are cut, minus tau:"
             f" {min(surplus):.3f} to {max(surplus):.3f}."
         )
+    parts += shortfalls(configurations)
+    return "\n\n".join(parts) + "\n"
+
+
+def shortfalls(configurations: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What each configuration left out, and why."""
     for entry in configurations:
         if entry["skipped"]:
-            parts.append(
+            yield (
                 f"`{entry['name']}` skipped {len(entry['skipped'])} turns whose prompts do not fit"
                 " into max_model_len."
             )
         if entry["error"]:
-            parts.append(failure(entry["name"], entry["error"]))
-    return "\n\n".join(parts) + "\n"
+            yield failure(entry["name"], entry["error"])
 
 
 def title(dataset: str) -> str:

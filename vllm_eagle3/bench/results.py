@@ -49,14 +49,21 @@ def summarize(run: Run, reference: Run | None, cells: Iterable[Cell]) -> dict[st
     """
     finished = {event["temperature"] for event in run.passes}
     return {
-        "error": run.error,
-        "engine": _without_kind(run.ready) if run.ready else None,
-        "skipped": [_without_kind(event) for event in run.skipped],
+        **account(run),
         "cells": [
             _cell(run, reference, dataset, temperature)
             for dataset, temperature in cells
             if temperature in finished
         ],
+    }
+
+
+def account(run: Run) -> dict[str, Any]:
+    """What a run tells beside its answers: its error, its engine, skipped turns, counters."""
+    return {
+        "error": run.error,
+        "engine": _without_kind(run.ready) if run.ready else None,
+        "skipped": [_without_kind(event) for event in run.skipped],
         "passes": [_pass(run, event) for event in run.passes],
     }
 
