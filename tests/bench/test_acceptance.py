@@ -74,7 +74,7 @@ def test_one_failed_configuration_leaves_the_others(tmp_path, questions, jobs, c
     assert "exit code 1" in broken["error"]
     assert [c["temperature"] for c in broken["cells"]] == [0.0]
     shown = capsys.readouterr()
-    assert "| tree, 8 drafts (depth 6, top-k 8) | 3.00 | failed |" in shown.out
+    assert "| tree, 8 drafts (depth 5, top-k 8) | 3.00 | failed |" in shown.out
     assert shown.out.strip() == args.output.with_suffix(".md").read_text().strip()
     assert "chain-3  3/6 turns" in shown.err
 

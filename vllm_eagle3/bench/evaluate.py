@@ -25,11 +25,12 @@ from vllm_eagle3.bench.evaluate_results import merge
 from vllm_eagle3.bench.options import add_data, add_pair, check_names
 from vllm_eagle3.bench.prediction import Prediction, predict
 from vllm_eagle3.bench.questions import load_questions
-from vllm_eagle3.config import DEFAULT_NUM_SPECULATIVE_TOKENS
 from vllm_eagle3.heads.checkpoint import Checkpoint
 from vllm_eagle3.heads.description import describe
 from vllm_eagle3.heads.serving import serving
 from vllm_eagle3.heads.target import TargetShape
+
+_CHAINS, _TREES = [5], ["31/5/16"]  # what `vllm-eagle3 train` predicts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_pair(parser)
     add_data(parser)
-    add("--chain", nargs="*", type=int, default=[5], help="drafts of vLLM's chains")
+    add("--chain", nargs="*", type=int, default=_CHAINS, help="drafts of vLLM's chains")
     add(
         "--tree",
         nargs="*",
-        default=[str(DEFAULT_NUM_SPECULATIVE_TOKENS)],
+        default=_TREES,
         help="trees, as N or N/DEPTH/TOP_K, of one size in every batch",
     )
     answering.add_arguments(parser)
