@@ -64,9 +64,8 @@ def run(job: dict[str, Any], emit: Emit) -> None:
 def _load(job: dict[str, Any], device: torch.device) -> tuple[Target, DraftHead]:
     dtype = getattr(torch, job["dtype"])
     model = load_target(job["target"], device, dtype)
-    unhooked = Target(model, ())
-    layers = model.config.num_hidden_layers
-    head = load_head(Path(job["head"]), unhooked.embedding, unhooked.output_matrix, layers)
+    matrices = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    head = load_head(Path(job["head"]), *matrices, model.config.num_hidden_layers)
     target = Target(model, head.config.aux_layer_ids)
     # A server ends answers at the tokenizer's end token, too.
     ends = {*target.end_token_ids, *job["end_token_ids"]}

@@ -84,7 +84,7 @@ def served_rounds(prompt_tokens: int, steps: Sequence[int]) -> list[ServedRound]
 def context_ranges(rounds: Sequence[ServedRound]) -> list[tuple[int, int]]:
     """First and last context of each power of two that occurs; below 128 it is one range."""
     lowest = 128
-    found = {max(1 << r.context.bit_length() - 1, lowest // 2) for r in rounds}
+    found = {max(1 << (r.context.bit_length() - 1), lowest // 2) for r in rounds}
     return [(0 if first < lowest else first, 2 * first - 1) for first in sorted(found)]
 
 

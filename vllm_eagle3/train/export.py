@@ -14,6 +14,7 @@ from vllm_eagle3.train.model import DraftHead, Eagle3Head, HeadConfig, captured_
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _EAGLE1_ARCHITECTURE = "EagleLlamaForCausalLM"
 _EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
+_CONVERT = ": write the head anew with `vllm-eagle3 convert-head`"
 _RENAMED = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 
 
@@ -121,6 +122,8 @@ def load_head(
     if not (path / "config.json").is_file() or not (path / "model.safetensors").is_file():
         raise ValueError(f"{path} is not a head: it needs config.json and model.safetensors")
     stored = json.loads((path / "config.json").read_text())
+    if absent := {"architectures", "vocab_size", "hidden_size"} - stored.keys():
+        raise ValueError(f"{path}: config.json has no {', '.join(sorted(absent))}{_CONVERT}")
     expected = (stored["vocab_size"], stored["hidden_size"])
     if expected != tuple(embedding.shape):
         raise ValueError(
@@ -179,7 +182,4 @@ def _head_config(path: Path, flags: dict[str, Any], aux_layer_ids: tuple[int, ..
     try:
         return HeadConfig(**sizes)
     except TypeError as error:  # it names what is missing
-        raise ValueError(
-            f"{path}: config.json is not whole ({error}): write it anew with "
-            "`vllm-eagle3 convert-head`"
-        ) from error
+        raise ValueError(f"{path}: config.json is not whole ({error}){_CONVERT}") from error
