@@ -4,6 +4,7 @@ import io
 import pytest
 from rich.console import Console
 
+from tests.heads import checkpoints
 from vllm_eagle3.bench.configurations import PLAIN, chain, tree
 from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.results import Run
@@ -64,8 +65,7 @@ def console():
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     """Arguments with made-up models, and an engine that drafts well or fails."""
-    (tmp_path / "head").mkdir()
-    (tmp_path / "head" / "config.json").write_text("{}")
+    checkpoints.write(tmp_path / "head", checkpoints.flat(), checkpoints.tensors())
 
     def run_worker(job, log_path):
         drafts = job["engine"]["speculative_config"]

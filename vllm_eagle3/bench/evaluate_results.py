@@ -12,6 +12,7 @@ from vllm_eagle3.bench.questions import Question
 from vllm_eagle3.bench.results import Run, TurnKey, account
 from vllm_eagle3.bench.rounds import (
     DIFFERENCE_LIMIT,
+    PredictedRound,
     Rounds,
     ServedRound,
     context_ranges,
@@ -101,16 +102,14 @@ class _Answers:
     def of(self, temperature: float, task: Task) -> Iterator[TurnKey]:
         dataset, category = task
         for key in self._run.turns:
-            is_task = dataset in (None, key[0]) and category in (
-                None,
-                self._category[key[0], key[2]],
-            )
-            if is_task and key[1] == temperature:
+            name, at, number, _ = key
+            inside = dataset in (None, name) and category in (None, self._category[name, number])
+            if inside and at == temperature:
                 yield key
 
     def rounds(self, keys: Sequence[TurnKey]) -> Rounds:
         served: list[ServedRound] = []
-        predicted = []
+        predicted: list[PredictedRound] = []
         for key in keys:
             turn = self._run.turns[key]
             served += served_rounds(len(turn["prompt"]), turn["steps"])
