@@ -75,6 +75,8 @@ def test_what_failed_is_told_and_leaves_the_rest(command, jobs, capsys, options)
         ("--head none", "none: no such directory"),
         ("--chain --tree", "nothing to measure"),
         ("--tree 31/6", "as in 31/6/8"),
+        ("--chain 64", "num_speculative_tokens=64 is more than a tree can hold"),
+        ("--chain 0", "num_speculative_tokens must be an integer of at least 1"),
         ("--data mmlu", "none of mt_bench, humaneval, gsm8k"),
         ("--max-tokens 0", "--max-tokens must be at least 1"),
     ],

@@ -10,9 +10,8 @@ from tests.bench.served import run_of, turn
 from tests.train import brute, small
 from vllm_eagle3.bench import prediction, predictor
 from vllm_eagle3.bench.configurations import chain, parse_tree
-from vllm_eagle3.bench.prediction import _job, predict, shape_of
+from vllm_eagle3.bench.prediction import _job, predict
 from vllm_eagle3.bench.rounds import served_rounds
-from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.train.export import export
 
 PROMPT = [5, 9, 17, 40]
@@ -54,9 +53,7 @@ def _answered(target, head, temperature):
             probs = logits.softmax(-1) if temperature else logits == logits.max()
             tokens.append(int(probs.float().multinomial(1)))
     for configuration in WAYS:
-        drafts, depth, top_k = shape_of(configuration)
-        config = TreeConfig(drafts, depth=depth, top_k=top_k, verify_budget=None)
-        steps = brute.steps_of_text(head, target, tokens, len(PROMPT), config)
+        steps = brute.steps_of_text(head, target, tokens, len(PROMPT), configuration.as_tree)
         answer = {"prompt": PROMPT, "tokens": tokens[len(PROMPT) :], "temperature": temperature}
         yield turn(0, [1, *steps], **answer)
 
@@ -86,7 +83,10 @@ def replayed(job):
 def test_an_answer_is_read_once_for_all_ways_of_drafting(pair, answered):
     job, keys = _job(pair[2], WAYS, [run_of(answer) for answer in answered[0.0]])
     (answer,) = job["answers"]
-    assert [wanted["tree"] for wanted in answer["wanted"]] == [(3, 3, 1), (60, 3, 16)]
+    assert [(wanted["drafts"], wanted["tree"]) for wanted in answer["wanted"]] == [
+        (3, {"depth": 3, "top_k": 1, "verify_budget": None}),
+        (60, {"depth": 3, "top_k": 16, "verify_budget": None}),
+    ]
     assert keys == [[("chain-3", ("mine", 0.0, 0, 0)), ("tree-60-3-16", ("mine", 0.0, 0, 0))]]
     kinds = [event["event"] for event in replayed(job)]
     assert kinds == ["ready", "rounds", "rounds", "done"]

@@ -83,17 +83,15 @@ def test_a_head_that_vllm_computes_otherwise_is_refused(tmp_path: Path) -> None:
     path = export(head, tmp_path)
     config = json.loads((path / "config.json").read_text())
 
-    def load(**changes: object):
+    def load(num_target_layers: int | None = 8, **changes: object):
         (path / "config.json").write_text(json.dumps(config | changes))
-        return load_head(path, target.embedding, num_target_layers=8)
+        return load_head(path, target.embedding, num_target_layers=num_target_layers)
 
-    assert load(eagle_config={}).config.aux_layer_ids == (2, 4, 5)
-    with pytest.raises(ValueError, match="does not name the layers"):
-        load_head(path, target.embedding)
     for changes, message in (
         ({"norm_before_residual": True}, "norm_before_residual not known"),
         ({"eagle_config": {"norm_before_residual": True}}, "norm_before_residual not known"),
-        ({"fc_norm": True}, r"fc_norm\.0\.weight, .* missing"),
+        ({"fc_norm": True}, r"fc_norm\.0\.weight missing"),
+        ({"intermediate_size": 40}, r"down_proj\.weight of shape \(32, 48\), not \(32, 40\)"),
     ):
         with pytest.raises(ValueError, match=message):
             load(**changes)
@@ -101,3 +99,24 @@ def test_a_head_that_vllm_computes_otherwise_is_refused(tmp_path: Path) -> None:
         del config[key]
         with pytest.raises(ValueError, match=rf"{key}.*convert-head"):
             load()
+
+
+def test_captured_layers_are_those_of_vllms_runner_where_the_target_is_known(
+    tmp_path: Path,
+) -> None:
+    target, head = small.pair(torch.float32)
+    path = export(head, tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    key, ids = "eagle_aux_hidden_state_layer_ids", [1, 3, 6]
+    config.pop(key, None)
+
+    def layers(num_target_layers: int | None, **changes: object) -> tuple[int, ...]:
+        (path / "config.json").write_text(json.dumps(config | changes))
+        loaded = load_head(path, target.embedding, num_target_layers=num_target_layers)
+        return loaded.config.aux_layer_ids
+
+    assert layers(8, **{key: ids}) == (1, 3, 6)
+    assert layers(8, eagle_config={key: ids}) == layers(8, eagle_config={}) == (2, 4, 5)
+    assert layers(None, eagle_config={key: ids}) == (1, 3, 6)
+    with pytest.raises(ValueError, match="does not name the layers"):
+        layers(None, eagle_config={})

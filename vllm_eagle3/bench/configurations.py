@@ -46,9 +46,16 @@ class Configuration:
     @property
     def shape(self) -> dict[str, int | None] | None:
         """Depth and top-k of the tree; None for the others."""
+        return None if self.tree is None else self.as_tree.to_dict()
+
+    @property
+    def as_tree(self) -> TreeConfig:
+        """The whole tree; a chain is one of one child a node."""
+        drafts = self.num_speculative_tokens
+        assert drafts is not None, "plain decoding drafts nothing"
         if self.tree is None:
-            return None
-        return TreeConfig.from_dict(self.tree, self.num_speculative_tokens).to_dict()
+            return TreeConfig(drafts, depth=drafts, top_k=1, verify_budget=None)
+        return TreeConfig.from_dict(self.tree, drafts)
 
     def draft_forwards(self, batch_size: int) -> int:
         """Forwards of the draft for each one of the target, with so many requests."""

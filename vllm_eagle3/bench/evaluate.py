@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     configurations = [chain(count) for count in args.chain]
     configurations += [parse_tree(text, one_size=True) for text in args.tree]
     check_names(configurations)
+    for configuration in configurations:
+        configuration.as_tree  # noqa: B018 (raises before anything is served)
     _check_head(args, configurations)
     check_plugin(configurations)
     questions = load_questions(args.data, args.limit)

@@ -7,7 +7,7 @@ from typing import Any
 from vllm_eagle3.bench import target
 from vllm_eagle3.bench.configurations import Configuration
 from vllm_eagle3.bench.options import recorded
-from vllm_eagle3.bench.prediction import Prediction, shape_of
+from vllm_eagle3.bench.prediction import Prediction
 from vllm_eagle3.bench.questions import Question
 from vllm_eagle3.bench.results import Run, TurnKey, account
 from vllm_eagle3.bench.rounds import (
@@ -63,7 +63,7 @@ def _entry(
     prediction: Prediction,
     questions: Sequence[Question],
 ) -> dict[str, Any]:
-    depth = shape_of(configuration)[1]
+    depth = configuration.as_tree.depth
     answers = _Answers(configuration.name, run, prediction, questions)
     by_task, by_context = [], []
     for temperature in (event["temperature"] for event in run.passes):

@@ -83,8 +83,9 @@ def _job(
             answer = answers.setdefault(
                 same, {"prompt": prompt, "tokens": tokens, "limit": limit, "wanted": []}
             )
-            wanted = {"tree": shape_of(configuration), "temperature": turn["temperature"]}
-            answer["wanted"].append(wanted)
+            tree = configuration.as_tree
+            wanted = {"drafts": tree.num_speculative_tokens, "tree": tree.to_dict()}
+            answer["wanted"].append(wanted | {"temperature": turn["temperature"]})
             keys.setdefault(same, []).append((configuration.name, turn_key))
     ready = next((run.ready for run in runs if run.ready), {"dtype": "float32"})
     job = {
@@ -95,11 +96,3 @@ def _job(
         "answers": list(answers.values()),
     }
     return job, list(keys.values())
-
-
-def shape_of(configuration: Configuration) -> tuple[int, int, int]:
-    """Draft tokens, depth and top-k; a chain is a tree of one child a node."""
-    drafts = configuration.num_speculative_tokens
-    assert drafts is not None, "plain decoding drafts nothing"
-    shape = configuration.shape or {"depth": drafts, "top_k": 1}
-    return drafts, shape["depth"], shape["top_k"]

@@ -12,7 +12,7 @@ Job::
      "end_token_ids": [2],        ends of answers beside those that the target's config names
      "answers": [{"prompt": [...], "tokens": [...],
                   "limit": 700,   tokens, the prompt's included, at which the server cuts
-                  "wanted": [{"tree": [drafts, depth, top_k], "temperature": 0.0}]}]}
+                  "wanted": [{"drafts": 31, "tree": {"depth": 5, ...}, "temperature": 0.0}]}]}
 
 Events, by ``"event"``::
 
@@ -85,8 +85,7 @@ def _replay(
     drafter = DocumentDrafter(head, tokens_T, features_TF)
     events = []
     for index, wanted in enumerate(answer["wanted"]):
-        drafts, depth, top_k = wanted["tree"]
-        config = TreeConfig(drafts, depth=depth, top_k=top_k, verify_budget=None)
+        config = TreeConfig.from_dict(wanted["tree"], wanted["drafts"])
         temperature = wanted["temperature"]
         rounds = rounds_of_document(
             target, drafter, assistant_T, config, [temperature], answer["limit"]

@@ -15,6 +15,8 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _EAGLE1_ARCHITECTURE = "EagleLlamaForCausalLM"
 _EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
 _CONVERT = ": write the head anew with `vllm-eagle3 convert-head`"
+_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+_OTHERS = ("norm_before_residual", "rope_scaling")  # variants without tensors of their own
 _RENAMED = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 
 
@@ -107,7 +109,8 @@ def load_head(
 
     Args:
         embedding, output_matrix: the target's, [vocab, H]; an EAGLE-1 head needs both.
-        num_target_layers: settles which layers a head captures that does not say so.
+        num_target_layers: given, the captured layers are those that vLLM's runner captures: the
+            ids at the top of the config, else 2, L//2, L-3, whatever ``eagle_config`` says.
 
     Returns:
         An ``Eagle3Head`` or an ``Eagle1Head``.
@@ -140,36 +143,38 @@ def load_head(
             raise ValueError(f"{path} is an EAGLE-1 head: it needs the target's output matrix")
         head = Eagle1Head(_head_config(path, flags, ()), embedding, output_matrix)
     else:
-        layers = _captured_layers(path, flags, num_target_layers)
+        if num_target_layers is None:
+            layers = flags.get(_LAYER_IDS)
+        else:
+            layers = stored.get(_LAYER_IDS) or captured_layers(num_target_layers)
+        if not layers:
+            raise ValueError(f"{path}: config.json does not name the layers that the head captures")
         num_drafted = len(weights.get("lm_head.weight", ()))
         offsets = weights.get("d2t", torch.zeros(num_drafted, dtype=torch.int64))
         ids = offsets + torch.arange(num_drafted)
-        head = Eagle3Head(_head_config(path, flags, layers), embedding, ids)
-    _check_parts(path, flags, set(weights), set(head.state_dict()))
+        head = Eagle3Head(_head_config(path, flags, tuple(layers)), embedding, ids)
+    _check_parts(path, flags, weights, head.state_dict())
     head.load_state_dict({"d2t": head.d2t, "t2d": head.t2d} | weights)
     return head
 
 
-def _captured_layers(path: Path, flags: dict[str, Any], num_layers: int | None) -> tuple[int, ...]:
-    layers = flags.get("eagle_aux_hidden_state_layer_ids")
-    if layers:
-        return tuple(layers)
-    if num_layers is None:
-        raise ValueError(f"{path}: config.json does not name the layers that the head captures")
-    return captured_layers(num_layers)
-
-
-def _check_parts(path: Path, flags: dict[str, Any], found: set[str], known: set[str]) -> None:
+def _check_parts(
+    path: Path,
+    flags: dict[str, Any],
+    found: dict[str, torch.Tensor],
+    known: dict[str, torch.Tensor],
+) -> None:
     """Refuse what would be computed differently from what vLLM does with the same files."""
-    others = [name for name in ("norm_before_residual", "rope_scaling") if flags.get(name)]
-    others += sorted(found - known)
-    missing = sorted(known - found - {"d2t", "t2d"})
-    if others or missing:
-        raise ValueError(
-            f"{path} is no head that PyTorch can draft with here:"
-            + (f" {', '.join(others)} not known" if others else "")
-            + (f" {', '.join(missing)} missing" if missing else "")
-        )
+    wrong = [f"{name} not known" for name in _OTHERS if flags.get(name)]
+    wrong += [f"{name} not known" for name in sorted(found.keys() - known.keys())]
+    wrong += [f"{name} missing" for name in sorted(known.keys() - found.keys() - {"d2t", "t2d"})]
+    wrong += [
+        f"{name} of shape {tuple(found[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in known.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise ValueError(f"{path} is no head that PyTorch can draft with here: {', '.join(wrong)}")
 
 
 def _head_config(path: Path, flags: dict[str, Any], aux_layer_ids: tuple[int, ...]) -> HeadConfig:
