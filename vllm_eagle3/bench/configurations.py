@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_eagle3.config import TreeConfig
-from vllm_eagle3.heads.serving import method_of
+from vllm_eagle3.heads.method import method_of
 
 _PLUGIN_GROUP = "vllm.general_plugins"
 _PLUGIN = "vllm_eagle3.engine.plugin:register"

@@ -1,11 +1,10 @@
 """How a head will be served: as a tree by this plugin, as a chain by vLLM, or not."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from vllm_eagle3.heads.checkpoint import EAGLE_REPOSITORY, SPECULATORS, Checkpoint
+from vllm_eagle3.heads.checkpoint import EAGLE_REPOSITORY, SPECULATORS
 from vllm_eagle3.heads.conventions import ENTERED, LLAMA_ROPE_THETA
-from vllm_eagle3.heads.description import EAGLE1, UNKNOWN, HeadDescription, describe
+from vllm_eagle3.heads.description import EAGLE1, UNKNOWN, HeadDescription
 from vllm_eagle3.heads.target import TargetShape, rope_theta
 
 _CONVERT = "convert it with `vllm-eagle3 convert-head`"
@@ -49,22 +48,6 @@ def serving(description: HeadDescription, target: TargetShape | None = None) -> 
     if description.num_layers != 1:
         refusals.append(f"trees need a head of one layer, this one has {description.num_layers}")
     return Serving("eagle3", chain, not refusals, tuple(refusals), tuple(_warnings(description)))
-
-
-def method_of(head: str | Path) -> str:
-    """vLLM's speculative method for a head, such as ``eagle3``.
-
-    A name that vLLM downloads cannot be read here: it counts as an EAGLE-3 head's.
-
-    Raises:
-        ValueError: a folder that holds no EAGLE head.
-    """
-    if not Path(head).expanduser().is_dir():
-        return "eagle3"
-    verdict = serving(describe(Checkpoint.open(head)))
-    if verdict.method is None:
-        raise ValueError(f"{head}: {'; '.join(verdict.refusals)}")
-    return verdict.method
 
 
 def misfits(description: HeadDescription, target: TargetShape | None) -> list[str]:

@@ -5,7 +5,7 @@ import torch
 
 from tests.heads import checkpoints
 from tests.train import small
-from vllm_eagle3.heads.serving import method_of
+from vllm_eagle3.heads.method import method_of
 from vllm_eagle3.train.export import export
 from vllm_eagle3.train.objectives import OBJECTIVES
 
