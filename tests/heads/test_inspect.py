@@ -103,7 +103,7 @@ def test_eagle_1(tmp_path, capsys, bias):
     assert found["kind"] == "EAGLE-1/EAGLE-2/HASS"
     assert (code, found["serving"]["chain"]) == (int(bias), not bias)
     assert found["serving"]["method"] == "eagle"
-    assert found["serving"]["tree"] is False
+    assert found["serving"]["tree"] is not bias
 
 
 def test_something_else(tmp_path, capsys):

@@ -37,12 +37,12 @@ def create_engine_config(
     if tree is not False:
         contract.check()
         method = speculative.get("method") or args.spec_method
-        if method != "eagle3":
+        if method not in head.METHOD_NAMES:
             raise ValueError(
-                f'tree needs "method": "eagle3" in the speculative config, got {method!r}:'
-                " set it, or leave tree out to serve a chain"
+                f'tree needs "method": "eagle3" or "eagle" in the speculative config, got'
+                f" {method!r}: set it, or leave tree out to serve a chain"
             )
-        head.check_files(speculative.get("model") or args.spec_model)
+        head.check_files(speculative.get("model") or args.spec_model, method)
         if args.spec_tokens is None:
             speculative.setdefault("num_speculative_tokens", DEFAULT_NUM_SPECULATIVE_TOKENS)
         nodes = speculative.get("num_speculative_tokens", args.spec_tokens)

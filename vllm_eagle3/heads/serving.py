@@ -9,9 +9,7 @@ from vllm_eagle3.heads.description import EAGLE1, UNKNOWN, HeadDescription
 from vllm_eagle3.heads.target import TargetShape, rope_theta
 
 _CONVERT = "convert it with `vllm-eagle3 convert-head`"
-_UNREAD = (
-    "vLLM looks for the layer ids at the top of config.json only, where there are none, and captures"
-)
+_UNREAD = "vLLM looks for layer ids at the top of config.json, where there are none, and captures"
 
 
 @dataclass(frozen=True)
@@ -39,20 +37,22 @@ def serving(description: HeadDescription, target: TargetShape | None = None) -> 
         return Serving(
             None, False, False, ("no EAGLE head: fc.weight or the norms do not match",), ()
         )
+    is_eagle1 = description.kind == EAGLE1
     refusals = [*description.problems, *misfits(description, target)]
-    if description.kind == EAGLE1:
-        if "fc.bias" in description.checkpoint.entries:
-            refusals.append("vLLM's EAGLE-1 has no bias in fc, this head has fc.bias")
-        chain = not refusals
-        refusals.append("trees need an EAGLE-3 head")
-        return Serving("eagle", chain, False, tuple(refusals), ())
-    if _captures_by_default(description) and description.num_captured != 3:
+    if is_eagle1 and "fc.bias" in description.checkpoint.entries:
+        refusals.append("vLLM's EAGLE-1 has no bias in fc, this head has fc.bias")
+    if not is_eagle1 and _captures_by_default(description) and description.num_captured != 3:
         refusals.append(f"{_UNREAD} three layers, fc takes {description.num_captured}: {_CONVERT}")
     chain = not refusals
     if description.num_layers != 1:
         refusals.append(f"trees need a head of one layer, this one has {description.num_layers}")
-    warnings = tuple(_warnings(description, target))
-    return Serving("eagle3", chain, not refusals, tuple(refusals), warnings)
+    return Serving(
+        "eagle" if is_eagle1 else "eagle3",
+        chain,
+        not refusals,
+        tuple(refusals),
+        () if is_eagle1 else tuple(_warnings(description, target)),
+    )
 
 
 def misfits(description: HeadDescription, target: TargetShape | None) -> list[str]:
@@ -72,7 +72,7 @@ def misfits(description: HeadDescription, target: TargetShape | None) -> list[st
         )
     layers = description.layers_entered or ()
     if description.num_captured != 1 and any(not 0 <= e <= target.num_layers for e in layers):
-        found.append(f"captures layers {list(layers)}, {target.name} has {target.num_layers}")
+        found.append(f"made for layers {list(layers)}, {target.name} has {target.num_layers}")
     return found
 
 
@@ -81,16 +81,26 @@ def _captures_by_default(description: HeadDescription) -> bool:
     return LAYER_IDS not in description.checkpoint.config
 
 
+def unread_layers(description: HeadDescription, target: TargetShape) -> str:
+    """How vLLM captures other layers than an EAGLE-3 head names; "" if it does not."""
+    entered, captured = description.layers_entered, target.default_layers
+    if description.kind == EAGLE1 or not _captures_by_default(description):
+        return ""
+    if entered in (None, captured):
+        return ""
+    return f"{_UNREAD} {list(captured)}, not {list(entered)}: {_CONVERT}"
+
+
 def _layer_warnings(description: HeadDescription, target: TargetShape | None) -> Iterator[str]:
-    convention, entered = description.convention, description.layers_entered
+    convention = description.convention
     if convention.stored is None:
         return
     ids = list(convention.stored)
     if _captures_by_default(description):
-        if entered is None:
+        if description.layers_entered is None:
             yield f"{_UNREAD} 2, L//2 and L-3; is that {ids}? {convention.reason}"
-        elif target is not None and entered != target.default_layers:
-            yield f"{_UNREAD} {list(target.default_layers)}, not {list(entered)}: {_CONVERT}"
+        elif target is not None and (unread := unread_layers(description, target)):
+            yield unread
     elif convention.value is None:
         yield (
             f"vLLM reads the layer ids {ids} as layers entered; whether they are cannot be told: "
