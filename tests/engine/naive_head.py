@@ -1,6 +1,6 @@
 """Heads without a cache: the whole text and path again for every node of a tree."""
 
-from pathlib import Path
+import pathlib
 from typing import Any
 
 import torch
@@ -8,11 +8,13 @@ import torch
 from tests.engine import tiny
 from tests.engine.engines import Tokens
 from tests.tree import naive
+from vllm_eagle3.paths import Path, Paths
 from vllm_eagle3.train.data import TokenBatch
 from vllm_eagle3.train.export import export, load_head
 from vllm_eagle3.train.features import Target, load_target
 from vllm_eagle3.train.model import DraftHead
 from vllm_eagle3.train.objectives import Objective
+from vllm_eagle3.tree import mask
 from vllm_eagle3.tree.rerank import rerank
 from vllm_eagle3.tree.types import DraftTree
 
@@ -71,12 +73,33 @@ class NaiveHead:
             ]
         return rerank(naive.expand(levels), num_nodes)
 
+    def static_tree(self, text: Tokens, paths: Paths) -> DraftTree:
+        """The children of these ranks, one node at a time."""
+        nodes: dict[Path, int] = {(): 0}
+        drafted: dict[Path, Tokens] = {(): ()}
+        scores: dict[Path, float] = {(): 0.0}
+        for path in paths:
+            *above, rank = path
+            parent = tuple(above)
+            best = self.log_probs(text, drafted[parent]).topk(rank + 1)
+            drafted[path] = (*drafted[parent], int(best.indices[rank]))
+            scores[path] = scores[parent] + float(best.values[rank])
+            nodes[path] = len(nodes)
+        parents_BN = torch.tensor([[-1, *(nodes[path[:-1]] for path in paths)]], dtype=torch.int32)
+        return DraftTree(
+            tokens_BN=torch.tensor([[0, *(drafted[path][-1] for path in paths)]]),
+            parents_BN=parents_BN,
+            depths_BN=mask.depths(parents_BN),
+            ancestor_bits_BN=mask.ancestor_bits(parents_BN),
+            scores_BN=torch.tensor([[0.0, *(scores[path] for path in paths)]]),
+        )
+
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def write_head(path: Path, target_path: Path, objective: Objective) -> NaiveHead:
+def write_head(path: pathlib.Path, target_path: pathlib.Path, objective: Objective) -> NaiveHead:
     """A random head as training with this objective exports it, written to ``path``."""
     model = load_target(target_path, torch.device("cpu"), torch.float32)
     config = objective.head_config(model.config, DRAFTED)
