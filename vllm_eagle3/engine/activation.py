@@ -37,7 +37,7 @@ def create_engine_config(
     if tree is not False:
         contract.check()
         method = speculative.get("method") or args.spec_method
-        if method not in head.METHOD_NAMES:
+        if method not in head.METHODS:
             raise ValueError(
                 f'tree needs "method": "eagle3" or "eagle" in the speculative config, got'
                 f" {method!r}: set it, or leave tree out to serve a chain"

@@ -3,21 +3,12 @@
 from pathlib import Path
 
 from vllm_eagle3.heads.checkpoint import Checkpoint
-from vllm_eagle3.heads.description import (
-    EAGLE1,
-    EAGLE3,
-    EAGLE31,
-    UNKNOWN,
-    HeadDescription,
-    describe,
-)
+from vllm_eagle3.heads.description import HeadDescription, describe
 from vllm_eagle3.heads.files import safetensors_files
 from vllm_eagle3.heads.serving import misfits, serving, unread_layers
 from vllm_eagle3.heads.target import TargetShape
 
-# The kinds of heads that grow trees, and vLLM's name of their method.
-METHODS = {EAGLE3: "eagle3", EAGLE31: "eagle3", EAGLE1: "eagle"}
-METHOD_NAMES = tuple(dict.fromkeys(METHODS.values()))
+METHODS = ("eagle3", "eagle")  # vLLM's, of the heads that grow trees
 
 
 def check_files(path: str | None, method: str) -> HeadDescription | None:
@@ -26,7 +17,7 @@ def check_files(path: str | None, method: str) -> HeadDescription | None:
     Args:
         path: the speculative config's ``model``. A name that is not a local path is left
             to vLLM, which downloads it.
-        method: the speculative config's, one of ``METHOD_NAMES``.
+        method: the speculative config's, one of ``METHODS``.
 
     Returns:
         What the head is, or None if that cannot be read here.
@@ -46,16 +37,17 @@ def check_files(path: str | None, method: str) -> HeadDescription | None:
     if is_pickled and (root / "config.json").is_file() and not safetensors_files(root):
         return None
     description = describe(Checkpoint.open(root))
-    if description.kind == UNKNOWN:
+    right_method = serving(description).method
+    if right_method is None:
         raise ValueError(
             f"speculative model {path} is not an EAGLE-3 head (fc.weight without a bias, and "
             "hidden_norm.weight) and not an EAGLE-1 head (fc.weight with twice as many inputs as "
             "outputs): trees serve these two"
         )
-    if METHODS[description.kind] != method:
+    if method != right_method:
         raise ValueError(
             f"speculative model {path} is an {description.kind} head: set "
-            f'"method": "{METHODS[description.kind]}"'
+            f'"method": "{right_method}" in the speculative config'
         )
     return description
 

@@ -141,7 +141,7 @@ def _parallel_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]
 def _speculative_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]]:
     speculative = config.speculative_config
     yield (
-        speculative.method not in head.METHOD_NAMES,
+        speculative.method not in head.METHODS,
         f"speculative method {speculative.method!r}",
         'use "method": "eagle3" with an EAGLE-3 head, "eagle" with an EAGLE-1 head',
     )
