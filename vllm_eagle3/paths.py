@@ -1,7 +1,7 @@
 """Static trees as lists of paths.
 
 A path names a node by ranks: ``(0, 2)`` is the third best child of the root's best child. So
-write EAGLE-1 (arXiv 2401.15077, section 3.3) and Medusa (arXiv 2401.10774) their trees. A node
+write EAGLE-1 (arXiv 2401.15077, section 3.1) and Medusa (arXiv 2401.10774) their trees. A node
 stands after its parent and after its better siblings: then every prefix of the list is a tree,
 and whatever trims it leaves a valid one.
 """

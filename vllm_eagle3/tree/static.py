@@ -1,6 +1,6 @@
 """Static trees: the same nodes by rank in every step, whatever the draft is sure of.
 
-Source: EAGLE-1 (arXiv 2401.15077, section 3.3). The expansion is that of a dynamic tree
+Source: EAGLE-1 (arXiv 2401.15077, section 3.1). The expansion is that of a dynamic tree
 (:mod:`~vllm_eagle3.tree.expand`), but the nodes that go on are those with children in the tree,
 and the candidates that are kept (:mod:`~vllm_eagle3.tree.rerank`) are its nodes. Where these
 stand is known beforehand:
