@@ -31,6 +31,7 @@ def test_a_missing_key_takes_the_default():
     assert TreeConfig.from_dict({}, 32) == default
     assert TreeConfig.from_dict({"top_k": default.top_k}, 32) == default
     assert TreeConfig.from_dict({"depth": 3}, 32) == TreeConfig(32, 3, default.top_k)
+    assert TreeConfig.from_dict(True) == TreeConfig.from_dict(True, 63)
 
 
 @pytest.mark.parametrize("verify_budget", [21, 64, None])
@@ -103,7 +104,6 @@ def test_depth_follows_a_top_k_that_is_given(top_k):
         ({"top_k": False}, 8, "tree.top_k", "integer"),
         ({}, 0, "num_speculative_tokens", "at least 1"),
         ({}, "8", "num_speculative_tokens", "integer"),
-        (True, None, "num_speculative_tokens", "integer"),
         (True, 0, "num_speculative_tokens", "at least 1"),
         ({}, 64, "num_speculative_tokens=64", "at most 63"),
         ({"depth": 2, "top_k": 3}, 13, "num_speculative_tokens=13", r"12 nodes\): lower it, or"),

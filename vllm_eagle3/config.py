@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from vllm_eagle3.paths import Paths, depth_of, read_paths, width_of
+
 MAX_NODES = 64  # one int64 word of ancestor bits for each node
 MAX_EXPANDED = 64  # likewise for the draft's own attention, over the nodes it expands
 
@@ -15,7 +17,8 @@ _DEFAULT_TOP_K = 16
 _DEFAULT_VERIFY_BUDGET = 128
 _ANY_NUMBER = 1 << 20  # of requests
 _SMALLEST_TIER = 4  # rows of a request, however many requests there are
-_KEYS = ("depth", "top_k", "verify_budget")
+_SIZES = ("depth", "top_k", "verify_budget")
+_KEYS = (*_SIZES, "paths")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class TreeConfig:
     """A draft tree of ``num_speculative_tokens`` nodes below the root.
 
     Source: EAGLE-2 (arXiv 2406.16858), section 4: expansion to ``depth`` levels with
-    ``top_k`` children for each node, then reranking to the best nodes.
+    ``top_k`` children for each node, then reranking to the best nodes. With ``paths`` the tree
+    is static, as EAGLE-1's (arXiv 2401.15077): :meth:`static` makes it.
 
     Attributes:
         num_speculative_tokens: draft tokens verified for each target forward (N - 1).
@@ -31,20 +35,23 @@ class TreeConfig:
         top_k: children for each expanded node, and nodes expanded for each level (K).
         verify_budget: tokens that one target forward verifies, over all requests; with more
             requests their trees are smaller. None for trees of one size.
+        paths: the nodes below the root of a static tree, each by its ranks; None for dynamic
+            trees.
 
     Raises:
         ValueError: a size that is not a positive integer, or more draft tokens than
             ``depth`` levels of ``top_k`` can make or than one 64-bit mask holds, or more
-            expanded nodes than one holds.
+            expanded nodes than one holds; paths of another number.
     """
 
     num_speculative_tokens: int
     depth: int = _DEFAULT_DEPTH
     top_k: int = _DEFAULT_TOP_K
     verify_budget: int | None = _DEFAULT_VERIFY_BUDGET
+    paths: Paths | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_speculative_tokens", *_KEYS):
+        for name in ("num_speculative_tokens", *_SIZES):
             value = getattr(self, name)
             if name == "verify_budget" and value is None:
                 continue
@@ -55,6 +62,12 @@ class TreeConfig:
             raise ValueError(
                 f"num_speculative_tokens={self.num_speculative_tokens} is more than a tree "
                 f"can hold: use at most {MAX_NODES - 1}"
+            )
+        if self.paths is not None and len(self.paths) != self.num_speculative_tokens:
+            raise ValueError(
+                f"num_speculative_tokens={self.num_speculative_tokens} but tree.paths has "
+                f"{len(self.paths)} nodes: use num_speculative_tokens={len(self.paths)}, or leave "
+                "it out"
             )
         if self.num_speculative_tokens > self.num_candidates:
             raise ValueError(
@@ -69,25 +82,62 @@ class TreeConfig:
                 f"{self.num_nodes}, or lower num_speculative_tokens"
             )
         if self.num_expanded > MAX_EXPANDED:
+            shape = f"tree.depth={self.depth} and tree.top_k={self.top_k} expand"
+            remedy = "lower tree.depth or tree.top_k"
+            if self.paths is not None:
+                shape = f"tree.paths of depth {self.depth}, {self.top_k} wide, expand up to"
+                remedy = "leave out the widest or the deepest paths"
             raise ValueError(
-                f"tree.depth={self.depth} and tree.top_k={self.top_k} expand "
-                f"(depth - 1) * top_k = {self.num_expanded} nodes, more than {MAX_EXPANDED}: "
-                "lower tree.depth or tree.top_k"
+                f"{shape} (depth - 1) * top_k = {self.num_expanded} nodes, more than "
+                f"{MAX_EXPANDED}: {remedy}"
             )
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any] | bool, num_speculative_tokens: int) -> Self:
+    def static(
+        cls,
+        paths: Any,
+        num_speculative_tokens: int | None = None,
+        verify_budget: int | None = _DEFAULT_VERIFY_BUDGET,
+    ) -> Self:
+        """A static tree, its depth and width from its paths.
+
+        Args:
+            paths: as :func:`~vllm_eagle3.paths.read_paths` takes them.
+            num_speculative_tokens: as many as there are paths, or None.
+
+        Raises:
+            ValueError: paths that are no tree, or of another number.
+        """
+        paths = read_paths(paths)
+        size = len(paths) if num_speculative_tokens is None else num_speculative_tokens
+        return cls(size, depth_of(paths), width_of(paths), verify_budget, paths)
+
+    @classmethod
+    def from_dict(
+        cls, tree: Mapping[str, Any] | bool, num_speculative_tokens: int | None = None
+    ) -> Self:
         """Read the ``tree`` key of a speculative config.
 
         Args:
             tree: ``{"depth": int, "top_k": int, "verify_budget": int or None}``, each key
-                optional, or ``True`` for the defaults.
-            num_speculative_tokens: the key of that name beside ``tree``.
+                optional, or ``True`` for the defaults; or ``{"paths": str or list of lists of
+                int, "verify_budget": int or None}``.
+            num_speculative_tokens: the key of that name beside ``tree``; by default 63, or as
+                many as there are paths.
 
         Raises:
             ValueError: ``tree`` is of another type, has an unknown key, or describes an
                 impossible shape.
         """
+        if isinstance(tree, Mapping) and "paths" in tree:
+            if unknown := sorted(map(repr, set(tree) - {"paths", "verify_budget"})):
+                raise ValueError(
+                    f"tree has paths, which say the whole shape, and {', '.join(unknown)}: leave "
+                    "out one of them"
+                )
+            return cls.static(**tree, num_speculative_tokens=num_speculative_tokens)
+        if num_speculative_tokens is None:
+            num_speculative_tokens = DEFAULT_NUM_SPECULATIVE_TOKENS
         if tree is True:
             tree = {}
         if not isinstance(tree, Mapping):
@@ -140,10 +190,12 @@ class TreeConfig:
 
         The whole tree has the depth that was asked for; each halving costs a level. As many
         nodes as the tree has are a frontier wide enough: no node that it leaves out, nor a
-        child of one, is among the best.
+        child of one, is among the best. Of a static tree it is the first paths.
         """
         if num_drafts >= self.num_speculative_tokens:
             return self
+        if self.paths is not None:
+            return self.static(self.paths[:num_drafts], verify_budget=None)
         top_k = min(self.top_k, num_drafts)
         depth = min(num_drafts, num_drafts.bit_length() + 1)
         depth = min(self.depth, max(depth, _levels_for(num_drafts, top_k)))
@@ -152,18 +204,23 @@ class TreeConfig:
     def check_draft_vocabulary(self, draft_vocab_size: int) -> None:
         """Raise ``ValueError`` if a node cannot have ``top_k`` different children."""
         if self.top_k > draft_vocab_size:
+            what, remedy = f"tree.top_k={self.top_k}", "lower tree.top_k"
+            if self.paths is not None:
+                what, remedy = f"the width {self.top_k} of tree.paths", "leave out the widest paths"
             raise ValueError(
-                f"tree.top_k={self.top_k} is more than the draft vocabulary of "
-                f"{draft_vocab_size} tokens: lower tree.top_k"
+                f"{what} is more than the draft vocabulary of {draft_vocab_size} tokens: {remedy}"
             )
 
-    def to_dict(self) -> dict[str, int | None]:
+    def to_dict(self) -> dict[str, Any]:
         """The ``tree`` key that :meth:`from_dict` reads."""
-        return {name: getattr(self, name) for name in _KEYS}
+        if self.paths is not None:
+            paths = [list(path) for path in self.paths]
+            return {"paths": paths, "verify_budget": self.verify_budget}
+        return {name: getattr(self, name) for name in _SIZES}
 
 
 def _path(name: str) -> str:
-    return f"tree.{name}" if name in _KEYS else name
+    return f"tree.{name}" if name in _SIZES else name
 
 
 def _levels_for(num_drafts: int, top_k: int) -> int:

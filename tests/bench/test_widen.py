@@ -15,7 +15,7 @@ from tests.bench.wide import WIDE, Pairs, error, make_pairs, make_small, model_o
 from vllm_eagle3.bench import widen as command
 from vllm_eagle3.bench.widen import widen
 from vllm_eagle3.heads.checkpoint import Checkpoint
-from vllm_eagle3.heads.conventions import ENTERED
+from vllm_eagle3.heads.conventions import ENTERED, LAYER_IDS
 from vllm_eagle3.heads.description import describe
 from vllm_eagle3.heads.target import TargetShape
 
@@ -31,6 +31,7 @@ def test_the_head_captures_the_same_layers_of_a_deeper_target(pairs: Pairs) -> N
     assert (target.num_layers, target.default_layers) == (10, (2, 5, 7))
     assert (head.layers_entered, head.convention.value) == ((2, 4, 5), ENTERED)
     assert head.problems == ()
+    assert head.checkpoint.config[LAYER_IDS] == [2, 4, 5]  # where vLLM's runner looks for them
     small, wide = (load_file(p / "model.safetensors") for p in (pairs.small.head, pairs.wide.head))
     assert wide["d2t"].equal(small["d2t"])
     assert wide["t2d"].equal(small["t2d"])
@@ -129,7 +130,7 @@ def test_sources_that_are_no_such_pair_are_refused(tmp_path: Path) -> None:
     refused(target, {"rope_scaling": {"rope_type": "yarn"}}, "scales its rotary embedding")
     refused(head, {"hidden_size": 64}, "give a head of this target")
     refused(head, {"architectures": ["LlamaForCausalLM"]}, "convert-head")
-    refused(head, {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}}, "convention")
+    refused(head, {LAYER_IDS: [1, 2, 3], "eagle_config": {}}, "convention")
     with pytest.raises(ValueError, match="is not empty"):
         widen(*small, small.target, WIDE)
     save_file(

@@ -138,8 +138,8 @@ def test_other_processes_find_the_plugin(pair, method):
         ({"tree": 5}, r"tree must be true or an object"),
         ({"num_speculative_tokens": 64}, r"num_speculative_tokens=64.*at most 63"),
         ({"num_speculative_tokens": 0}, r"num_speculative_tokens"),
-        ({"method": "eagle"}, r'tree needs "method": "eagle3".*got \'eagle\''),
-        ({"method": "ngram"}, r'tree needs "method": "eagle3"'),
+        ({"method": "eagle"}, r'is an EAGLE-3 head: set "method": "eagle3"'),
+        ({"method": "ngram"}, r'tree needs "method": "eagle3" or "eagle".*got \'ngram\''),
         ({"model": None}, r'tree needs "model"'),
         ({"model": "/no/such/head"}, r"/no/such/head: no such directory"),
         ({"tree": {"depth": 1, "top_k": 257}}, r"tree\.top_k=257.*vocabulary of 256.*lower"),
@@ -227,6 +227,18 @@ def for_another_vocabulary(head: Path) -> None:
     (head / "config.json").write_text(json.dumps(tiny.head_config(vocab_size=640)))
 
 
+def with_ids_that_vllm_does_not_find(head: Path) -> None:
+    ids = {"conventions": "vllm", "eagle_aux_hidden_state_layer_ids": [2, 3, 6]}
+    (head / "config.json").write_text(json.dumps(tiny.head_config() | {"eagle_config": ids}))
+
+
+def of_a_state_that_vllm_does_not_find(head: Path) -> None:
+    one = {"fc.weight": torch.zeros(tiny.HIDDEN, tiny.HIDDEN)}
+    save_file(tiny.head_tensors() | one, head / "model.safetensors")
+    ids = {"conventions": "vllm", "eagle_aux_hidden_state_layer_ids": [tiny.LAYERS]}
+    (head / "config.json").write_text(json.dumps(tiny.head_config() | {"eagle_config": ids}))
+
+
 def without_weights(head: Path) -> None:
     (head / "model.safetensors").unlink()
 
@@ -246,8 +258,10 @@ def with_a_missing_shard(head: Path) -> None:
         (without_fc, "not an EAGLE-3 head"),
         (as_eagle1, "not an EAGLE-3 head"),
         (truncated, "is truncated"),
-        (for_another_hidden_size, "hidden size 64, this target has 128"),
-        (for_another_vocabulary, "vocabulary of 640 tokens, this target has 512"),
+        (for_another_hidden_size, "hidden size 64, .*has 128: use the head of this target"),
+        (for_another_vocabulary, "vocabulary of 640 tokens, .*has 512: use the head of this"),
+        (with_ids_that_vllm_does_not_find, r"captures \[2, 4, 5\], not \[2, 3, 6\]: convert it"),
+        (of_a_state_that_vllm_does_not_find, r"captures three layers, fc takes 1: convert it"),
         (without_weights, "no weights"),
         (without_config, "no config.json"),
         (with_a_missing_shard, "model-00002-of-00002.safetensors is missing"),

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from tests.engine import tiny
 from tests.engine.engines import Engine, Engines, Tokens, chain, random_prompts, sampling
+from tests.engine.naive_head import NaiveHead, assert_drafted
 from tests.engine.oracle import Oracle, text_so_far
-from tests.tree import naive
+from vllm_eagle3.train.features import Target, load_target
 from vllm_eagle3.train.model import Eagle3Head, HeadConfig
-from vllm_eagle3.tree.rerank import rerank
 
 DEPTH = 5
 NUM_TOKENS = 24
@@ -82,64 +82,15 @@ def test_the_best_first_token_is_vllms_first_draft(engines, texts, stock_drafts,
         assert int(oracle.drafted[text]["tokens_BN"][1]) == stock_drafts[text][0]
 
 
-class NaiveHead:
-    """The head without a cache: the whole text and path again for every node."""
-
-    def __init__(self, pair: tiny.Pair) -> None:
-        from transformers import LlamaForCausalLM
-
-        self.target = LlamaForCausalLM.from_pretrained(pair.target).float().eval()
-        tensors = load_file(pair.head / "model.safetensors")
-        config = HeadConfig.from_target(self.target.config, len(tensors["d2t"]))
-        ids = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
-        self.head = Eagle3Head(config, self.target.get_input_embeddings().weight, ids)
-        self.head.load_state_dict(tensors)
-
-    @torch.inference_mode()
-    def log_probs(self, text: Tokens, path: Tokens) -> torch.Tensor:
-        """Over the target's vocabulary, of the token that follows ``text + path``."""
-        hidden = self.target(torch.tensor([text]), output_hidden_states=True).hidden_states
-        captured = torch.cat([hidden[i] for i in self.head.config.aux_layer_ids], dim=-1)
-        # Slot p takes the state of token p and the embedding of token p + 1.
-        states = self.head.fuse(captured[:, :-1])
-        tokens = text[1:]
-        out = self._run(tokens, states)
-        for token in path:
-            tokens, states = (*tokens, token), torch.cat([states, out[:, -1:]], dim=1)
-            out = self._run(tokens, states)
-        logits_V = self.head.lm_head(self.head.norm(out))[0, -1]
-        log_probs = torch.full((self.head.config.vocab_size,), -torch.inf)
-        log_probs[self.head.draft_token_ids] = logits_V.log_softmax(-1)
-        return log_probs
-
-    def _run(self, tokens: Tokens, states: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(len(tokens))[None]
-        return self.head.step(torch.tensor([tokens]), states, positions, _causal)
-
-
-def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def naive_tree(head: NaiveHead, text: Tokens, depth: int, top_k: int, num_nodes: int) -> Any:
-    """EAGLE-2's tree below the last token of a text, one node at a time."""
-    first = head.log_probs(text, ()).topk(top_k)
-    levels = [(first.values[None], first.indices[None])]
-    pool: list[Tokens] = [(int(token),) for token in first.indices]
-    for _ in range(depth - 1):
-        expansion = naive.expand(levels)
-        paths = [pool[i] for i in expansion.frontier_index_BK[0].tolist()]
-        best = [head.log_probs(text, path).topk(top_k) for path in paths]
-        levels.append(
-            (
-                torch.stack([b.values for b in best])[None],
-                torch.stack([b.indices for b in best])[None],
-            )
-        )
-        pool += [
-            (*path, int(token)) for path, b in zip(paths, best, strict=True) for token in b.indices
-        ]
-    return rerank(naive.expand(levels), num_nodes)
+def naive_head(pair: tiny.Pair) -> NaiveHead:
+    model = load_target(pair.target, torch.device("cpu"), torch.float32)
+    tensors = load_file(pair.head / "model.safetensors")
+    config = HeadConfig.from_target(model.config, len(tensors["d2t"]))
+    target = Target(model, config.aux_layer_ids)
+    ids = tensors["d2t"] + torch.arange(len(tensors["d2t"]))
+    head = Eagle3Head(config, target.embedding, ids)
+    head.load_state_dict(tensors)
+    return NaiveHead(target, head)
 
 
 @pytest.mark.parametrize(
@@ -156,16 +107,11 @@ def test_growth_equals_a_head_without_a_cache(
     short = 16
     assert engine.generate(PROMPTS, sampling(short)) == [text[:short] for text in texts]
     assert oracle.count["accepted"] > 20
-    head = NaiveHead(pair)
+    head = naive_head(pair)
     drawn = [text for text in oracle.drafted if text][:: max(1, len(oracle.drafted) // 6)]
     assert len(drawn) >= 5
     for text in drawn:
-        expected = naive_tree(head, text, depth, top_k, num_drafts + 1)
-        fields = oracle.drafted[text]
-        assert torch.equal(fields["tokens_BN"][1:], expected.tokens_BN[0, 1:])
-        assert torch.equal(fields["parents_BN"], expected.parents_BN[0])
-        assert torch.equal(fields["depths_BN"], expected.depths_BN[0])
-        torch.testing.assert_close(fields["scores_BN"], expected.scores_BN[0], rtol=1e-4, atol=1e-4)
+        assert_drafted(oracle.drafted[text], head.tree(text, depth, top_k, num_drafts + 1))
 
 
 def test_trees_grown_in_groups_are_those_grown_at_once(engines, plain):

@@ -14,31 +14,13 @@ import torch.nn.functional as F
 
 from tests.engine import tiny
 from tests.engine.engines import Engine, chain
+from tests.engine.naive_head import write_head
 from vllm_eagle3.train.data import TokenBatch
-from vllm_eagle3.train.export import export, load_head
-from vllm_eagle3.train.features import Target, load_target
+from vllm_eagle3.train.features import Target
 from vllm_eagle3.train.model import DraftHead
-from vllm_eagle3.train.objectives import OBJECTIVES, Objective
+from vllm_eagle3.train.objectives import OBJECTIVES
 
 NUM_DRAFTS = 4
-
-
-def random_pair(root: Path, objective: Objective) -> tuple[tiny.Pair, Target, DraftHead]:
-    path = tiny.write_target(root / "target")
-    model = load_target(path, torch.device("cpu"), torch.float32)
-    config = objective.head_config(model.config, 256)
-    target = Target(model, config.aux_layer_ids)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randperm(tiny.VOCABULARY, generator=generator)[: config.draft_vocab_size]
-    head = objective.make_head(config, target, ids.sort().values)
-    with torch.no_grad():
-        for weight in head.parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(1 + 0.3 * noise if weight.dim() == 1 else 0.25 * noise)
-        head.feature_scale_F.uniform_(0.5, 1.5, generator=generator)
-    export(head, root / "head", dtype="float32")
-    pair = tiny.Pair(path, root / "head")
-    return pair, target, load_head(pair.head, target.embedding, target.output_matrix)
 
 
 @torch.no_grad()
@@ -76,12 +58,14 @@ def drafts(target: Target, head: DraftHead, tokens: list[int]) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["eagle3", "eagle3.1", "eagle1"])
+@pytest.mark.parametrize("name", ["eagle3", "eagle3.1", "eagle3-top", "eagle1"])
 def test_vllm_drafts_what_the_trained_model_drafts(name: str, tmp_path: Path) -> None:
     from vllm import SamplingParams
 
     objective = OBJECTIVES[name]
-    pair, target, head = random_pair(tmp_path, objective)
+    pair = tiny.Pair(tiny.write_target(tmp_path / "target"), tmp_path / "head")
+    naive = write_head(pair.head, pair.target, objective)
+    target, head = naive.target, naive.head
     prompt = tuple(random.Random(3).choices(range(3, tiny.VOCABULARY), k=37))
     proposals = []
     config = chain(pair, NUM_DRAFTS, method=objective.method)

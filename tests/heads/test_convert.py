@@ -28,7 +28,10 @@ def converted(source: Path, target: Path, **options):
 
 
 def layer_ids(config) -> list[int] | None:
-    return config["eagle_config"].get("eagle_aux_hidden_state_layer_ids")
+    """Where vLLM's runner reads them, and the same where its head and SGLang do."""
+    ids = config.get("eagle_aux_hidden_state_layer_ids")
+    assert config["eagle_config"].get("eagle_aux_hidden_state_layer_ids") == ids
+    return ids
 
 
 def test_the_shipped_head_there_and_back(tmp_path):

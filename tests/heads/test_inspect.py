@@ -10,6 +10,7 @@ import vllm_eagle3
 from tests.heads import checkpoints
 from tests.heads.checkpoints import HIDDEN, LEFT
 from vllm_eagle3 import cli
+from vllm_eagle3.heads.conventions import LAYER_IDS
 
 DEMO = Path(vllm_eagle3.__file__).parent / "demo" / "head"
 
@@ -52,11 +53,24 @@ def test_a_head_that_fits(tmp_path, target, capsys):
 
 
 def test_layers_left_draft_badly_as_they_lie(tmp_path, target, capsys):
-    source = checkpoints.write(tmp_path / "head", checkpoints.flat(LEFT), checkpoints.tensors())
+    config = checkpoints.flat(eagle_aux_hidden_state_layer_ids=list(LEFT))
+    source = checkpoints.write(tmp_path / "head", config, checkpoints.tensors())
     code, found = inspected(capsys, source, "--target", str(target))
     assert code == 0
     assert found["convention"]["value"] == "left"
     assert "one too early" in found["serving"]["warnings"][0]
+
+
+@pytest.mark.parametrize(("ids", "warned"), [((2, 4, 7), True), (LEFT, False)])
+def test_layer_ids_where_vllm_does_not_look(tmp_path, target, capsys, ids, warned):
+    """In eagle_config: vLLM captures its default, which may be right."""
+    config = checkpoints.flat(ids) | {"eagle_config": {LAYER_IDS: ids, "conventions": "vllm"}}
+    if ids == LEFT:
+        del config["eagle_config"]["conventions"]
+    source = checkpoints.write(tmp_path / "head", config, checkpoints.tensors())
+    _, found = inspected(capsys, source, "--target", str(target))
+    unread = [text for text in found["serving"]["warnings"] if "captures [2, 5, 7], not" in text]
+    assert bool(unread) == warned
 
 
 def test_a_head_of_another_target(tmp_path, capsys):
@@ -89,7 +103,7 @@ def test_eagle_1(tmp_path, capsys, bias):
     assert found["kind"] == "EAGLE-1/EAGLE-2/HASS"
     assert (code, found["serving"]["chain"]) == (int(bias), not bias)
     assert found["serving"]["method"] == "eagle"
-    assert found["serving"]["tree"] is False
+    assert found["serving"]["tree"] is not bias
 
 
 def test_something_else(tmp_path, capsys):
@@ -100,12 +114,16 @@ def test_something_else(tmp_path, capsys):
     assert (code, found["kind"], found["serving"]["chain"]) == (1, "unknown", False)
 
 
-def test_four_captured_states_are_a_chain(tmp_path, capsys):
+def test_any_number_of_captured_states_serves_if_vllm_finds_their_layers(tmp_path, capsys):
     config = checkpoints.flat((2, 4, 6, 8))
-    source = checkpoints.write(tmp_path / "head", config, checkpoints.tensors(captured=4))
-    _, found = inspected(capsys, source)
-    assert (found["serving"]["chain"], found["serving"]["tree"]) == (True, False)
-    assert "three captured states, fc takes 4" in found["serving"]["refusals"][0]
+    weights = checkpoints.tensors(captured=4)
+    unread = checkpoints.write(tmp_path / "unread", config, weights)
+    code, found = inspected(capsys, unread)
+    assert (code, found["serving"]["chain"], found["serving"]["tree"]) == (1, False, False)
+    assert "captures three layers, fc takes 4" in found["serving"]["refusals"][0]
+    config |= config["eagle_config"]
+    code, found = inspected(capsys, checkpoints.write(tmp_path / "read", config, weights))
+    assert (code, found["serving"]["chain"], found["serving"]["tree"]) == (0, True, True)
 
 
 def test_a_base_that_the_trainer_ignored(tmp_path, capsys):

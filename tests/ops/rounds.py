@@ -9,6 +9,7 @@ from tests.tree.naive import Levels, random_levels
 from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.tree.expand import Expansion, grow, start
+from vllm_eagle3.tree.static import StaticTree
 from vllm_eagle3.tree.types import GrowthBuffers, TreeBuffers
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -16,6 +17,11 @@ WHERE = [
     pytest.param(impl, device, id=f"{impl}-{device}", marks=[pytest.mark.gpu] * (device == "cuda"))
     for device in DEVICES
     for impl in ("torch", "extension")
+]
+# Of static trees, which torch alone grows: "auto" must know.
+TORCH_ONLY = [
+    pytest.param("auto", device, id=device, marks=[pytest.mark.gpu] * (device == "cuda"))
+    for device in DEVICES
 ]
 SENTINEL = 77  # in memory that no op may touch
 MAX_POSITION = 40
@@ -49,7 +55,7 @@ class Round:
     def __post_init__(self) -> None:
         self.num_reqs = self.levels[0][0].shape[0]
         self.growth = GrowthBuffers(self.num_reqs + self.spare, self.config, self.device)
-        for rows in vars(self.growth).values():
+        for rows in self.buffers():
             rows.fill_(SENTINEL)
         num_rows = (self.num_reqs + self.spare) * self.config.top_k
         self.input_ids_M = torch.full((num_rows,), SENTINEL, dtype=self.ids_dtype).to(self.device)
@@ -57,6 +63,10 @@ class Round:
         # The last requests are at the end of the draft's positions.
         roots = MAX_POSITION - 5 + torch.arange(self.num_reqs)
         self.root_positions_B = roots.to(self.device)
+
+    def buffers(self) -> list[torch.Tensor]:
+        """All that the round carries from level to level."""
+        return [value for value in vars(self.growth).values() if isinstance(value, torch.Tensor)]
 
     def offer(self, level: int) -> None:
         K = self.config.top_k
@@ -83,9 +93,10 @@ class Round:
         return self
 
     def expected(self, level: int) -> Expansion:
-        expansion = start(*self.levels[0])
-        for log_probs, tokens in self.levels[1:level]:
-            expansion = grow(expansion, log_probs, tokens)
+        fixed = StaticTree.of(self.config)
+        expansion = start(*self.levels[0], fixed and fixed.frontier(1))
+        for number, children in enumerate(self.levels[1:level], start=2):
+            expansion = grow(expansion, *children, fixed and fixed.frontier(number))
         return expansion
 
     def build(

@@ -5,6 +5,7 @@ import torch
 
 from tests.ops.rounds import (
     SENTINEL,
+    TORCH_ONLY,
     WHERE,
     Round,
     random_round,
@@ -13,6 +14,7 @@ from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.tree.chain import best_chain
 from vllm_eagle3.tree.rerank import rerank
+from vllm_eagle3.tree.static import StaticTree
 from vllm_eagle3.tree.types import NO_PARENT, GrowthBuffers, TreeBuffers
 
 FIELDS = ("tokens", "parents", "depths", "ancestor_bits", "scores")
@@ -50,8 +52,11 @@ def check_trees(case: Round, slots, chain_only, num_nodes: int, level: int | Non
     level = level or len(case.levels)
     buffers, drafts = case.build(slots, chain_only, num_nodes, level)
     expansion = case.expected(level)
-    num_filled = min(num_nodes, expansion.scores_BC.shape[1] + 1)
-    tree = rerank(expansion, num_filled)
+    static = StaticTree.of(case.config)
+    kept_M = static and static.kept(level)
+    num_candidates = expansion.scores_BC.shape[1] if kept_M is None else len(kept_M)
+    num_filled = min(num_nodes, num_candidates + 1)
+    tree = rerank(expansion, num_filled, kept_M=kept_M)
     chain = best_chain(tree, level)
     fill = detached(num_nodes)
     unwritten = set(range(len(chain_only)))
@@ -98,6 +103,29 @@ def test_a_round_that_ends_early_leaves_detached_nodes(impl, device, level):
     check_trees(case, SLOTS, CHAIN_ONLY, 31, level)
 
 
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize(("impl", "device"), TORCH_ONLY)
+def test_a_static_tree_keeps_its_paths(impl, device, level):
+    """Down to the level that was grown; the chain is that of the best children."""
+    config = TreeConfig.static([[0], [1], [1, 0], [0, 0], [1, 0, 0], [2]])
+    case = random_round(config, impl, device, batch=len(SLOTS), seed=level).offer_all()
+    check_trees(case, SLOTS, CHAIN_ONLY, config.num_nodes, level)
+
+
+@pytest.mark.parametrize(("impl", "device"), TORCH_ONLY)
+def test_eagle_1s_tree_in_slots(impl, device):
+    config = TreeConfig.static("mc_sim_7b_63")
+    case = random_round(config, impl, device, batch=len(SLOTS), spoiled=True).offer_all()
+    check_trees(case, SLOTS, CHAIN_ONLY, config.num_nodes)
+
+
+def test_kernels_take_dynamic_trees():
+    case = random_round(TreeConfig.static("mc_sim_7b_63"), "auto", "cpu").offer_all()
+    case.impl = "extension"
+    with pytest.raises(ValueError, match=r"dynamic trees .* got a static one of 4: use impl="):
+        case.build([0, 1, 2], [False] * 3, 26)
+
+
 @pytest.mark.parametrize(("impl", "device"), WHERE)
 def test_no_request_with_a_slot_changes_no_slot(impl, device):
     case = random_round(TreeConfig(7, 2, 4), impl, device, ids_dtype=torch.int64).offer_all()
@@ -118,9 +146,10 @@ def test_a_large_batch(impl, device):
     check_trees(case, slots, [slot % 3 == 0 for slot in range(256)], 32)
 
 
-def test_torch_reads_no_value_of_a_round():
+@pytest.mark.parametrize("config", [TreeConfig(7, 2, 4), TreeConfig.static([[0], [1], [1, 0]])])
+def test_torch_reads_no_value_of_a_round(config):
     """So that a CUDA graph can hold it: tensors of the meta device have no values to wait for."""
-    case = random_round(TreeConfig(7, 2, 4), "torch", "meta").offer_all()
+    case = random_round(config, "torch", "meta").offer_all()
     buffers, drafts = case.build([0, -1, 2], [True, False, True], 8)
     assert buffers.tokens_RN.is_meta
     assert drafts.is_meta

@@ -1,13 +1,16 @@
 """From a draft's logits to trees in their slots: all ops of the round together."""
 
+import itertools
+
 import pytest
 import torch
 
-from tests.ops.rounds import WHERE
+from tests.ops.rounds import TORCH_ONLY, WHERE
 from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.tree.expand import grow, start
 from vllm_eagle3.tree.rerank import rerank
+from vllm_eagle3.tree.static import StaticTree
 from vllm_eagle3.tree.types import DraftTree, GrowthBuffers, TreeBuffers
 
 BATCH, VOCAB = 3, 700
@@ -71,10 +74,13 @@ class Drafting:
             )
             for logits in self.logits
         ]
-        expansion = start(*(values.squeeze(1) for values in levels[0]))
-        for log_probs, tokens in levels[1:]:
-            expansion = grow(expansion, log_probs, tokens)
-        return rerank(expansion, self.config.num_nodes)
+        static = StaticTree.of(self.config)
+        first = (values.squeeze(1) for values in levels[0])
+        expansion = start(*first, static and static.frontier(1))
+        for level, children in enumerate(levels[1:], start=2):
+            expansion = grow(expansion, *children, static and static.frontier(level))
+        kept_M = static and static.kept(len(levels))
+        return rerank(expansion, self.config.num_nodes, kept_M=kept_M)
 
     def check(self) -> None:
         tree, slots = self.expected(), self.slots_B.tolist()
@@ -84,6 +90,7 @@ class Drafting:
         assert torch.equal(self.drafts_BM.cpu(), tree.tokens_BN[:, 1:])
 
 
+STATIC = TreeConfig.static("mc_sim_7b_63")
 CONFIGS = [TreeConfig(31, 6, 8), TreeConfig(4, 4, 1), TreeConfig(63, 4, 16), TreeConfig(5, 1, 5)]
 
 
@@ -97,10 +104,24 @@ def test_logits_become_the_reference_trees(impl, device, config, in_one):
     drafting.check()
 
 
+@pytest.mark.parametrize("in_one", [False, True])
+@pytest.mark.parametrize(("impl", "device"), TORCH_ONLY)
+def test_logits_become_static_trees(impl, device, in_one):
+    drafting = Drafting(STATIC, impl, device, in_one)
+    drafting.draw(seed=1)
+    drafting.run()
+    drafting.check()
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize(
-    ("impl", "in_one"), [("torch", False), *(("extension", x) for x in (0, 1))]
+    ("config", "impl", "in_one"),
+    [
+        *itertools.product(CONFIGS, ["torch"], [False]),
+        *itertools.product(CONFIGS, ["extension"], [False, True]),
+        (STATIC, "auto", True),
+    ],
+    ids=str,
 )
 def test_a_graph_of_the_round_follows_its_inputs(impl, in_one, config):
     """Captured once, replayed on other logits, slots and positions: no wait, no stale state."""
@@ -137,7 +158,8 @@ def test_in_one_equals_one_after_the_other(impl, device, level, dtype):
         drafting.logits = drafting.logits[:level]
         drafting.run()
     for name, values in vars(parts.growth).items():
-        assert torch.equal(getattr(whole.growth, name), values), name
+        if isinstance(values, torch.Tensor):
+            assert torch.equal(getattr(whole.growth, name), values), name
     assert torch.equal(whole.input_ids_M, parts.input_ids_M)
     assert torch.equal(whole.buffers.tokens_RN, parts.buffers.tokens_RN)
 

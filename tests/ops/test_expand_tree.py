@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from tests.ops.rounds import MAX_POSITION, SENTINEL, WHERE, Round, random_round
+from tests.ops.rounds import MAX_POSITION, SENTINEL, TORCH_ONLY, WHERE, Round, random_round
 from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.ops.expand_tree import pool_size
 
 # Depth, top-k: one level, chains, the default, and the widest trees that 64 bits allow.
 SHAPES = [(1, 1), (1, 5), (65, 1), (3, 4), (6, 8), (4, 11), (5, 16), (2, 64), (3, 32)]
+STATIC = ["mc_sim_7b_63", [[0]], [[0], [1], [1, 0], [0, 0], [1, 1], [1, 0, 0]]]
 
 
 def check_level(case: Round, level: int) -> None:
@@ -57,6 +58,16 @@ def test_every_level_equals_the_reference(impl, device, depth, top_k, kind):
             check_level(case, level)
 
 
+@pytest.mark.parametrize(("impl", "device"), TORCH_ONLY)
+@pytest.mark.parametrize("paths", STATIC)
+def test_every_level_of_a_static_tree(impl, device, paths):
+    config = TreeConfig.static(paths)
+    case = random_round(config, impl, device, batch=5, seed=1, spoiled=True)
+    for level in range(1, config.depth + 1):
+        case.offer(level)
+        check_level(case, level)
+
+
 @pytest.mark.parametrize(("impl", "device"), WHERE)
 def test_a_full_batch_and_long_ids(impl, device):
     config = TreeConfig(5, 2, 3)
@@ -71,7 +82,7 @@ def test_an_empty_batch_changes_nothing(impl, device):
     case.num_reqs = 0
     case.offer(1)
     case.offer(2)
-    assert all(rows.eq(SENTINEL).all() for rows in vars(case.growth).values())
+    assert all(rows.eq(SENTINEL).all() for rows in case.buffers())
     assert case.input_ids_M.eq(SENTINEL).all()
 
 

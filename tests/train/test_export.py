@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 from tests.train import small
 from vllm_eagle3.heads.checkpoint import Checkpoint
+from vllm_eagle3.heads.conventions import LAYER_IDS
 from vllm_eagle3.heads.description import EAGLE1, EAGLE3, EAGLE31, describe
+from vllm_eagle3.heads.serving import serving
 from vllm_eagle3.train.data import epoch_batches
 from vllm_eagle3.train.export import export, load_head
 from vllm_eagle3.train.objectives import OBJECTIVES
@@ -36,6 +38,17 @@ def test_a_loaded_head_computes_what_the_exported_one_did(name: str, tmp_path: P
         expected = objective.loss(head, batch, objective.settings)
         result = objective.loss(loaded, batch, objective.settings)
     torch.testing.assert_close(result.losses_K, expected.losses_K)
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle3-top"])
+def test_layer_ids_are_where_vllm_looks_for_them(name: str, tmp_path: Path) -> None:
+    _, head = small.head_for(OBJECTIVES[name], torch.float32)
+    verdict = serving(describe(Checkpoint.open(export(head, tmp_path))))
+    assert (verdict.chain, verdict.tree, verdict.refusals) == (True, True, ())
+    # The engine's runner reads the one, its head counts the other.
+    config = json.loads((tmp_path / "config.json").read_text())
+    ids = list(head.config.aux_layer_ids)
+    assert config[LAYER_IDS] == config["eagle_config"][LAYER_IDS] == ids
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_eagle3.bench.llama_shape import LLAMA_3_1_8B, LlamaShape
 from vllm_eagle3.corpus import write_json
 from vllm_eagle3.heads.checkpoint import CONVENTIONS_KEY, FLAT, OUR_CONVENTIONS, Checkpoint
-from vllm_eagle3.heads.conventions import layer_convention, layers_entered
+from vllm_eagle3.heads.conventions import LAYER_IDS, layer_convention, layers_entered
 from vllm_eagle3.heads.files import read_config, safetensors_files
 from vllm_eagle3.heads.target import TargetShape
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _HEAD_DIR = Path(__file__).parents[1] / "demo" / "head"
 _DTYPES = ("bfloat16", "float32")
-_CAPTURED = "eagle_aux_hidden_state_layer_ids"
 _TOKENIZER_AND_GENERATION = ("*token*.json", "vocab.json", "merges.txt", "*.jinja", "generation*")
 
 
@@ -162,12 +161,9 @@ def _head_config(head_dir: Path, source_dir: Path) -> dict[str, Any]:
             f"{(target.hidden_size, target.vocab_size)}: give a head of this target"
         )
     convention = layer_convention(head, target).require(f"{head_dir}: which layers it captures")
-    named = {
-        _CAPTURED: list(layers_entered(head, target, convention) or ()),
-        CONVENTIONS_KEY: OUR_CONVENTIONS,
-    }
-    config = {key: value for key, value in head.config.items() if key != _CAPTURED}
-    return config | {"eagle_config": head.eagle_config | named}
+    captured = {LAYER_IDS: list(layers_entered(head, target, convention) or ())}
+    named = {CONVENTIONS_KEY: OUR_CONVENTIONS, **captured}
+    return head.config | captured | {"eagle_config": head.eagle_config | named}
 
 
 def _check_room(out_dir: Path, vocab_size: int, shape: LlamaShape, itemsize: int) -> None:

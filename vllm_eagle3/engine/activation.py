@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from vllm_eagle3.config import DEFAULT_NUM_SPECULATIVE_TOKENS, TreeConfig
+from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.engine import contract, head, support
 
 if TYPE_CHECKING:
@@ -37,16 +37,16 @@ def create_engine_config(
     if tree is not False:
         contract.check()
         method = speculative.get("method") or args.spec_method
-        if method != "eagle3":
+        if method not in head.METHODS:
             raise ValueError(
-                f'tree needs "method": "eagle3" in the speculative config, got {method!r}:'
-                " set it, or leave tree out to serve a chain"
+                f'tree needs "method": "eagle3" or "eagle" in the speculative config, got'
+                f" {method!r}: set it, or leave tree out to serve a chain"
             )
-        head.check_files(speculative.get("model") or args.spec_model)
-        if args.spec_tokens is None:
-            speculative.setdefault("num_speculative_tokens", DEFAULT_NUM_SPECULATIVE_TOKENS)
+        head.check_files(speculative.get("model") or args.spec_model, method)
         nodes = speculative.get("num_speculative_tokens", args.spec_tokens)
         config = TreeConfig.from_dict(tree, nodes)
+        if nodes is None:
+            speculative["num_speculative_tokens"] = config.num_speculative_tokens
         _set_tiers(speculative, config, is_asked_for=bool(tree is not True and tree.get(_BUDGET)))
         args.additional_config = {**args.additional_config, TRANSPORT_KEY: config.to_dict()}
     if args.speculative_config:
@@ -96,7 +96,8 @@ def init_speculator(
     contract.check()
     support.check(vllm_config, config)
     logger.info(
-        "Drafting dynamic trees: %d nodes, depth %d, top-k %d",
+        "Drafting %s trees: %d nodes, depth %d, top-k %d",
+        "dynamic" if config.paths is None else "static",
         config.num_speculative_tokens,
         config.depth,
         config.top_k,

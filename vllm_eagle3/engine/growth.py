@@ -188,7 +188,7 @@ class TreeGrowth(EagleSpeculator):
         ops.expand_logits(
             growth,
             logits_MV,
-            self.model.draft_id_to_target_id,
+            self._draft_offsets,
             level,
             reqs.stop - reqs.start,
             frontier.root_positions_B[reqs],
@@ -238,6 +238,14 @@ class TreeGrowth(EagleSpeculator):
                 inputs_embeds=embeds,
             )
 
+    @property
+    def _draft_offsets(self) -> torch.Tensor | None:
+        """Target token minus draft id [Vd]; None if the head drafts in the target's vocabulary."""
+        return getattr(self.model, "draft_id_to_target_id", None)
+
     def _logits(self, hidden_MH: torch.Tensor) -> torch.Tensor:
         """Over the draft vocabulary [M, Vd]."""
+        if self._draft_offsets is None:
+            return self.model.compute_logits(hidden_MH)
+        # The head's own method spreads them over the target's vocabulary.
         return self.model.logits_processor(self.model.lm_head, hidden_MH)

@@ -126,6 +126,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         *members(
             "vllm.model_executor.models.llama_eagle3:Eagle3LlamaForCausalLM",
             "combine_hidden_states",
+            "compute_logits",
             "draft_id_to_target_id",
             "embed_input_ids",
             "forward",
@@ -141,6 +142,14 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "norm_before_fc",
         ),
         "vllm.model_executor.layers.layernorm:RMSNorm.variance_epsilon",
+    ),
+    Hook("EagleLlamaForCausalLM", "called: the forward and the logits of an EAGLE-1 head"): (
+        *members(
+            "vllm.model_executor.models.llama_eagle:EagleLlamaForCausalLM",
+            "embed_input_ids",
+            "forward",
+        ),
+        "vllm.model_executor.models.llama:LlamaForCausalLM.compute_logits",
     ),
     Hook("model.get_model_state_cls", "official: set on the target"): (
         f"{_GPU}.model_states:resolve_model_state_cls",

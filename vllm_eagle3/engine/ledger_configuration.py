@@ -38,6 +38,7 @@ CONFIGURATION: tuple[str, ...] = (
         "get_head_size",
         "get_hidden_size",
         "get_num_kv_heads",
+        "get_total_num_hidden_layers",
         "get_vocab_size",
         "hf_config",
         "is_attention_free",

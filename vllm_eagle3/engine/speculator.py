@@ -50,7 +50,7 @@ class TreeSpeculator(TreeGrowth):
         )
         if len(draft_layers) != 1:
             raise ValueError(
-                f"an EAGLE-3 head has one attention layer, {self.draft_model_config.model} has"
+                f"a head has one attention layer, {self.draft_model_config.model} has"
                 f" {len(draft_layers)}"
             )
         attention.adopt(draft_layers, None)
@@ -79,7 +79,10 @@ class TreeSpeculator(TreeGrowth):
         """
         if is_profile:
             self._touch_verification_memory()
-        hidden = self._fuse(aux_hidden_states, input_batch, dummy_run)
+        rows_T = None
+        if input_batch.num_draft_tokens and not dummy_run:
+            rows_T = self._commit(input_batch, last_hidden_states.shape[0])
+        hidden = self._fuse(last_hidden_states, aux_hidden_states, rows_T)
         self._num_drafts = num_speculative_tokens or self.num_speculative_steps
         self._grown_with_prefill = True  # unless the prefill runs outside of its graph
         drafts = super().propose(
@@ -107,13 +110,18 @@ class TreeSpeculator(TreeGrowth):
         return drafts
 
     def _fuse(
-        self, aux_hidden_states: list[torch.Tensor], batch: "InputBatch", dummy_run: bool
+        self,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        rows_T: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The head's input state for each row [T, H], accepted paths in front of their requests."""
+        """The head's input state [T, H] of these rows, or of all.
+
+        An EAGLE-1 head takes the target's last state, after its final norm, as it is.
+        """
+        if aux_hidden_states is None:
+            return last_hidden_states if rows_T is None else last_hidden_states[rows_T]
         num_rows, hidden_size = aux_hidden_states[0].shape
-        rows_T = None
-        if batch.num_draft_tokens and not dummy_run:
-            rows_T = self._commit(batch, num_rows)
         head = self.model.model
         combine = type(self.model).combine_hidden_states
         is_stock = combine is Eagle3LlamaForCausalLM.combine_hidden_states

@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.engine import head
+from vllm_eagle3.heads.target import TargetShape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -140,9 +141,9 @@ def _parallel_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]
 def _speculative_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]]:
     speculative = config.speculative_config
     yield (
-        speculative.method != "eagle3",
+        speculative.method not in head.METHODS,
         f"speculative method {speculative.method!r}",
-        'use "method": "eagle3" with an EAGLE-3 head',
+        'use "method": "eagle3" with an EAGLE-3 head, "eagle" with an EAGLE-1 head',
     )
     for name, plain in (
         ("rejection_sample_method", "standard"),
@@ -185,19 +186,27 @@ def _model_conditions(config: "VllmConfig") -> Iterator[tuple[bool, str, str]]:
 
 
 def _check_head(config: "VllmConfig", tree: TreeConfig) -> None:
-    draft = config.speculative_config.draft_model_config
+    speculative = config.speculative_config
+    draft, model = speculative.draft_model_config, config.model_config
     eagle_config = getattr(draft.hf_config, "eagle_config", None) or {}
-    if not eagle_config.get("use_aux_hidden_state", True):
+    if speculative.method == "eagle3" and not eagle_config.get("use_aux_hidden_state", True):
         raise ValueError(
-            f"speculative model {draft.model} takes one hidden state of the target"
-            " (use_aux_hidden_state is false): trees serve EAGLE-3 heads only"
+            f"speculative model {draft.model} has no fc of its own (use_aux_hidden_state is false):"
+            f" {_CHAIN}"
         )
-    shapes = head.check_files(draft.model)
-    if shapes is None:
-        tree.check_draft_vocabulary(
-            getattr(draft.hf_config, "draft_vocab_size", None) or draft.get_vocab_size()
+    vocab_size = draft.get_vocab_size()
+    description = head.check_files(draft.model, speculative.method)
+    if description is not None:
+        head.check_target(
+            description,
+            TargetShape(
+                name=model.model,
+                hidden_size=model.get_hidden_size(),
+                vocab_size=model.get_vocab_size(),
+                num_layers=model.get_total_num_hidden_layers(),
+            ),
         )
-        return
-    target = config.model_config
-    head.check_target(draft.model, shapes, target.get_hidden_size(), target.get_vocab_size())
-    tree.check_draft_vocabulary(shapes.draft_vocab_size)
+        vocab_size = description.vocabulary.size or vocab_size
+    elif speculative.method == "eagle3":
+        vocab_size = getattr(draft.hf_config, "draft_vocab_size", None) or vocab_size
+    tree.check_draft_vocabulary(vocab_size)

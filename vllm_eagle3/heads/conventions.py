@@ -14,6 +14,9 @@ from typing import Any, Generic, TypeVar
 from vllm_eagle3.heads.checkpoint import EAGLE_REPOSITORY, SPECULATORS, Checkpoint
 from vllm_eagle3.heads.target import TargetShape, rope_theta
 
+# vLLM's runner reads this key at the top of a config only; its EAGLE-3 head, and SGLang, in
+# `eagle_config`.
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 ENTERED, LEFT = "entered", "left"
 FED_BACK, BEFORE_HEAD = "fed-back", "before-head"
 LLAMA_ROPE_THETA = 10000.0  # of EAGLE's trainer, and of a Llama config that names none
@@ -48,8 +51,7 @@ class Finding(Generic[T]):
 
 def stored_layer_ids(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     """The numbers of the captured layers as written, or None."""
-    key = "eagle_aux_hidden_state_layer_ids"
-    ids = checkpoint.config.get(key) or checkpoint.eagle_config.get(key)
+    ids = checkpoint.config.get(LAYER_IDS) or checkpoint.eagle_config.get(LAYER_IDS)
     return tuple(ids) if ids else None
 
 

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from vllm_eagle3.heads.checkpoint import CONVENTIONS_KEY, OUR_CONVENTIONS
+from vllm_eagle3.heads.conventions import LAYER_IDS
 from vllm_eagle3.heads.description import HeadDescription
 from vllm_eagle3.heads.target import TargetShape
 
@@ -16,9 +17,9 @@ _BOOKKEEPING = (
     "auto_map",
     "draft_vocab_size",
     "dtype",
-    "eagle_aux_hidden_state_layer_ids",
     "eagle_config",
     "fc_norm",
+    LAYER_IDS,
     "model_type",
     "norm_before_fc",
     "norm_before_residual",
@@ -69,13 +70,8 @@ def flat_config(head: HeadDescription, target: TargetShape) -> dict[str, Any]:
     Raises:
         ValueError: a convention cannot be told; the message names the option.
     """
-    eagle_config: dict[str, Any] = {
-        CONVENTIONS_KEY: OUR_CONVENTIONS,
-        "use_aux_hidden_state": True,
-    }
     entered = captured_layers(head)
-    if entered != target.default_layers:
-        eagle_config["eagle_aux_hidden_state_layer_ids"] = list(entered)
+    captured = {} if entered == target.default_layers else {LAYER_IDS: list(entered)}
     layer = layer_config(head)
     config = {
         "architectures": [ARCHITECTURES[layer["model_type"]]],
@@ -83,9 +79,11 @@ def flat_config(head: HeadDescription, target: TargetShape) -> dict[str, Any]:
         "torch_dtype": torch_dtype(head),
         "draft_vocab_size": head.vocabulary.size,
         **{name: True for name, on in norm_flags(head).items() if on},
+        **captured,
     }
     if head.target_hidden_size != head.hidden_size:
         config["target_hidden_size"] = head.target_hidden_size
+    eagle_config = {CONVENTIONS_KEY: OUR_CONVENTIONS, "use_aux_hidden_state": True, **captured}
     return config | {"eagle_config": eagle_config}
 
 

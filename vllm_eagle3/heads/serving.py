@@ -1,13 +1,15 @@
 """How a head will be served: as a tree by this plugin, as a chain by vLLM, or not."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vllm_eagle3.heads.checkpoint import EAGLE_REPOSITORY, SPECULATORS
-from vllm_eagle3.heads.conventions import ENTERED, LLAMA_ROPE_THETA
+from vllm_eagle3.heads.conventions import ENTERED, LAYER_IDS, LLAMA_ROPE_THETA
 from vllm_eagle3.heads.description import EAGLE1, UNKNOWN, HeadDescription
 from vllm_eagle3.heads.target import TargetShape, rope_theta
 
 _CONVERT = "convert it with `vllm-eagle3 convert-head`"
+_UNREAD = "vLLM looks for layer ids at the top of config.json, where there are none, and captures"
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,22 @@ def serving(description: HeadDescription, target: TargetShape | None = None) -> 
         return Serving(
             None, False, False, ("no EAGLE head: fc.weight or the norms do not match",), ()
         )
+    is_eagle1 = description.kind == EAGLE1
     refusals = [*description.problems, *misfits(description, target)]
-    if description.kind == EAGLE1:
-        if "fc.bias" in description.checkpoint.entries:
-            refusals.append("vLLM's EAGLE-1 has no bias in fc, this head has fc.bias")
-        chain = not refusals
-        refusals.append("trees need an EAGLE-3 head")
-        return Serving("eagle", chain, False, tuple(refusals), ())
+    if is_eagle1 and "fc.bias" in description.checkpoint.entries:
+        refusals.append("vLLM's EAGLE-1 has no bias in fc, this head has fc.bias")
+    if not is_eagle1 and _captures_by_default(description) and description.num_captured != 3:
+        refusals.append(f"{_UNREAD} three layers, fc takes {description.num_captured}: {_CONVERT}")
     chain = not refusals
-    if description.num_captured != 3:
-        refusals.append(f"trees need three captured states, fc takes {description.num_captured}")
     if description.num_layers != 1:
         refusals.append(f"trees need a head of one layer, this one has {description.num_layers}")
-    return Serving("eagle3", chain, not refusals, tuple(refusals), tuple(_warnings(description)))
+    return Serving(
+        "eagle" if is_eagle1 else "eagle3",
+        chain,
+        not refusals,
+        tuple(refusals),
+        () if is_eagle1 else tuple(_warnings(description, target)),
+    )
 
 
 def misfits(description: HeadDescription, target: TargetShape | None) -> list[str]:
@@ -67,34 +72,60 @@ def misfits(description: HeadDescription, target: TargetShape | None) -> list[st
         )
     layers = description.layers_entered or ()
     if description.num_captured != 1 and any(not 0 <= e <= target.num_layers for e in layers):
-        found.append(f"captures layers {list(layers)}, {target.name} has {target.num_layers}")
+        found.append(f"made for layers {list(layers)}, {target.name} has {target.num_layers}")
     return found
 
 
-def _warnings(description: HeadDescription) -> list[str]:
-    found = []
-    convention, rotary = description.convention, description.rotary
-    if convention.stored is not None and convention.value != ENTERED:
-        found.append(
-            f"vLLM reads the layer ids {list(convention.stored)} as layers entered; "
-            + (
-                f"these count the layer left, so it would capture one too early: {_CONVERT}"
-                if convention.value
-                else f"whether they are cannot be told: {convention.reason}"
-            )
+def _captures_by_default(description: HeadDescription) -> bool:
+    """Whether vLLM's runner captures 2, L//2 and L-3, whatever ids the head has."""
+    return LAYER_IDS not in description.checkpoint.config
+
+
+def unread_layers(description: HeadDescription, target: TargetShape) -> str:
+    """How vLLM captures other layers than an EAGLE-3 head names; "" if it does not."""
+    entered, captured = description.layers_entered, target.default_layers
+    if description.kind == EAGLE1 or not _captures_by_default(description):
+        return ""
+    if entered in (None, captured):
+        return ""
+    return f"{_UNREAD} {list(captured)}, not {list(entered)}: {_CONVERT}"
+
+
+def _layer_warnings(description: HeadDescription, target: TargetShape | None) -> Iterator[str]:
+    convention = description.convention
+    if convention.stored is None:
+        return
+    ids = list(convention.stored)
+    if _captures_by_default(description):
+        if description.layers_entered is None:
+            yield f"{_UNREAD} 2, L//2 and L-3; is that {ids}? {convention.reason}"
+        elif target is not None and (unread := unread_layers(description, target)):
+            yield unread
+    elif convention.value is None:
+        yield (
+            f"vLLM reads the layer ids {ids} as layers entered; whether they are cannot be told: "
+            + convention.reason
         )
-    elif convention.stored is not None and description.checkpoint.layout != SPECULATORS:
-        found.append(
+    elif convention.value != ENTERED:
+        yield (
+            f"vLLM reads the layer ids {ids} as layers entered; these count the layer left, so it "
+            f"would capture one too early: {_CONVERT}"
+        )
+    if convention.value == ENTERED and description.checkpoint.layout != SPECULATORS:
+        yield (
             "SGLang reads layer ids as layers left and would capture one too late: convert-head "
             "leaves ids out where they are the default of both"
         )
+
+
+def _warnings(description: HeadDescription, target: TargetShape | None) -> Iterator[str]:
+    yield from _layer_warnings(description, target)
     if description.norm_output.value is None:
-        found.append(description.norm_output.reason)
+        yield description.norm_output.reason
     if description.norm_before_residual.value is None:
-        found.append(description.norm_before_residual.reason)
+        yield description.norm_before_residual.reason
     served = rope_theta(description.checkpoint.model_config) or LLAMA_ROPE_THETA
-    if rotary.value != served:
-        found.append(f"vLLM takes the rotary base {served:g}: {rotary.reason}")
+    if description.rotary.value != served:
+        yield f"vLLM takes the rotary base {served:g}: {description.rotary.reason}"
     if description.checkpoint.layout == EAGLE_REPOSITORY:
-        found.append(f"SGLang does not know this architecture's name: {_CONVERT}")
-    return found
+        yield f"SGLang does not know this architecture's name: {_CONVERT}"

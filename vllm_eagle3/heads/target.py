@@ -22,8 +22,8 @@ class TargetShape:
     hidden_size: int
     vocab_size: int
     num_layers: int
-    rope_theta: float | None
-    architectures: tuple[str, ...]
+    rope_theta: float | None = None
+    architectures: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: str | Path) -> "TargetShape":

@@ -30,7 +30,8 @@ def build_tree(
 
     Source: EAGLE-2 (arXiv 2406.16858), section 4.2; exactly
     :func:`~vllm_eagle3.tree.rerank.rerank` of the candidates offered up to ``level``. Nodes
-    that no candidate fills are detached (token 0), and node 0 has token 0.
+    that no candidate fills are detached (token 0), and node 0 has token 0. Of a static tree
+    (``growth.static``, in torch) its nodes are kept.
 
     Args:
         growth: the candidates, in the first ``num_reqs`` rows.
@@ -112,8 +113,10 @@ def _tree_torch(
     growth: GrowthBuffers, level: int, num_nodes: int, is_chain_B: torch.Tensor
 ) -> DraftTree:
     expansion = expansion_of(growth, level, is_chain_B.shape[0])
-    num_filled = min(num_nodes, expansion.scores_BC.shape[1] + 1)
-    tree = rerank(expansion, num_filled)
+    kept_M = None if growth.static is None else growth.static.kept(level)
+    num_kept = expansion.scores_BC.shape[1] if kept_M is None else len(kept_M)
+    num_filled = min(num_nodes, num_kept + 1)
+    tree = rerank(expansion, num_filled, kept_M=kept_M)
     chain = best_chain(tree, level)
     is_chain_B1 = is_chain_B.unsqueeze(1)
     detached_N = mask.chain_parents(num_nodes, 0, is_chain_B.device)

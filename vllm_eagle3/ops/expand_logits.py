@@ -48,7 +48,7 @@ def expand_logits(
         return
     logits_MV = logits_MV[:num_rows]
     where = (level, num_reqs, root_positions_B, max_position, input_ids_M, positions_M)
-    if use_extension(impl, logits_MV, K):
+    if growth.static is None and use_extension(impl, logits_MV, K):
         scratch = split_scratch(logits_MV, K)
         torch.ops.vllm_eagle3.expand_logits(
             *tensors_of(growth), logits_MV, offsets_V, *scratch, *where

@@ -32,7 +32,8 @@ def expand_tree(
 
     Source: EAGLE-2 (arXiv 2406.16858), section 4.1; exactly :func:`~vllm_eagle3.tree.expand.start`
     at level 1 and :func:`~vllm_eagle3.tree.expand.grow` below: NaN counts as -inf, ties go to
-    the candidate that was offered first.
+    the candidate that was offered first. Of a static tree (``growth.static``, in torch) the
+    candidates with children are the next frontier.
 
     The frontier becomes the draft's next rows, K for each request: row ``b * K + k`` is its
     token at position ``min(root position + level - 1, max_position)``.
@@ -138,15 +139,17 @@ def tensors_of(growth: GrowthBuffers) -> tuple[torch.Tensor, ...]:
 
 
 def use_extension(impl: Impl, growth: GrowthBuffers) -> bool:
-    """Whether the compiled kernel runs, which keeps a frontier of at most 64."""
+    """Whether the compiled kernel runs: for dynamic trees, with a frontier of at most 64."""
     K = growth.frontier_bits_BK.shape[1]
     if resolve(impl, growth.tokens_BC.device, ("extension",)) != "extension":
         return False
+    can_run = K <= MAX_EXPANDED and growth.static is None
     check(
-        K <= MAX_EXPANDED or impl == "auto",
-        f'impl="extension" takes a top_k of at most {MAX_EXPANDED}, got {K}: use impl="auto"',
+        can_run or impl == "auto",
+        f'impl="extension" takes dynamic trees of a top_k of at most {MAX_EXPANDED}, got a '
+        f'{"dynamic" if growth.static is None else "static"} one of {K}: use impl="auto"',
     )
-    return K <= MAX_EXPANDED
+    return can_run
 
 
 def expansion_of(growth: GrowthBuffers, level: int, num_reqs: int) -> Expansion:
@@ -176,11 +179,14 @@ def _offer_torch(
 ) -> None:
     K = tokens_MK.shape[1]
     requests_B1 = torch.arange(num_reqs, device=tokens_MK.device).unsqueeze(1)
+    frontier_K = None if growth.static is None else growth.static.frontier(level)
     if level == 1:
-        expansion, offered, row_BK = start(log_probs_MK, tokens_MK), 0, requests_B1.expand(-1, K)
+        expansion = start(log_probs_MK, tokens_MK, frontier_K)
+        offered, row_BK = 0, requests_B1.expand(-1, K)
     else:
         before, offered = expansion_of(growth, level - 1, num_reqs), pool_size(level - 1, K)
-        expansion = grow(before, log_probs_MK.view(-1, K, K), tokens_MK.view(-1, K, K))
+        children = log_probs_MK.view(-1, K, K), tokens_MK.view(-1, K, K)
+        expansion = grow(before, *children, frontier_K)
         row_BK = requests_B1 * K + expansion.frontier_parent_BK
     for name in ("tokens_BC", "scores_BC", "parents_BC"):
         pool_BC = getattr(expansion, name)

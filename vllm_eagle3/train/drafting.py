@@ -17,6 +17,7 @@ from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.train.model import DraftHead
 from vllm_eagle3.tree import expand, mask
 from vllm_eagle3.tree.rerank import rerank
+from vllm_eagle3.tree.static import StaticTree
 from vllm_eagle3.tree.types import DraftTree
 
 _ROOTS = 64  # bounds the scores of one forward: 64 x K x heads x T x 4 bytes
@@ -55,19 +56,22 @@ class DocumentDrafter:
 
     def _grow(self, slots_R: torch.Tensor, config: TreeConfig) -> DraftTree:
         K = config.top_k
+        static = StaticTree.of(config, slots_R.device)
         out_RH = self._out_TH[slots_R]
-        expansion = expand.start(*self._best(out_RH, K))
+        expansion = expand.start(*self._best(out_RH, K), static and static.frontier(1))
         hidden_RKH = self.head.feedback(out_RH).unsqueeze(1).expand(-1, K, -1)
         attend = _TreeAttention(self._keys_NTD, self._values_NTD, slots_R)
         for level in range(1, config.depth):
             positions_RK = (slots_R + level).unsqueeze(1).expand(-1, K)
             attend.bits_RK = expansion.frontier_bits_BK
             out_RKH = self.head.step(expansion.frontier_tokens_BK, hidden_RKH, positions_RK, attend)
-            expansion = expand.grow(expansion, *self._best(out_RKH, K))
+            best = self._best(out_RKH, K)
+            expansion = expand.grow(expansion, *best, static and static.frontier(level + 1))
             parents_RK1 = expansion.frontier_parent_BK.unsqueeze(-1)
             fed_RKH = self.head.feedback(out_RKH)
             hidden_RKH = fed_RKH.gather(1, parents_RK1.expand_as(fed_RKH))
-        return rerank(expansion, config.num_nodes, self.tokens_T[slots_R + 1])
+        kept_M = static and static.kept(config.depth)
+        return rerank(expansion, config.num_nodes, self.tokens_T[slots_R + 1], kept_M)
 
     def _best(self, out: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and target ids of each row's k best children."""

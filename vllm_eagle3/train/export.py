@@ -54,18 +54,17 @@ def export(
 
 def checkpoint_config(config: HeadConfig, dtype: str) -> dict[str, Any]:
     """The ``config.json`` of an EAGLE-3 head."""
+    # Counted as the layer entered. vLLM's runner looks for them at the top, its head for their
+    # number in eagle_config.
+    captured = {"eagle_aux_hidden_state_layer_ids": list(config.aux_layer_ids)}
     return {
         "architectures": [_EAGLE3_ARCHITECTURE],
         "draft_vocab_size": config.draft_vocab_size,
         **_layer_config(config, dtype),
         # EAGLE-3.1, as vLLM reads it: SpecForge gives norm_output another meaning.
         **{name: True for name in ("fc_norm", "norm_output") if getattr(config, name)},
-        "eagle_config": {
-            # Counted as the layer entered, and said so.
-            "conventions": "vllm",
-            "eagle_aux_hidden_state_layer_ids": list(config.aux_layer_ids),
-            "use_aux_hidden_state": True,
-        },
+        **captured,
+        "eagle_config": {"conventions": "vllm", **captured, "use_aux_hidden_state": True},
     }
 
 

@@ -10,7 +10,7 @@ def best_chain(tree: DraftTree, depth: int) -> DraftTree:
     """Keep each node's best child only: a chain, then detached nodes.
 
     Args:
-        tree: with nodes in order of falling score, so that the first child is the best.
+        tree: with siblings in order of falling score, so that the first child is the best.
         depth: levels to follow at most.
 
     Returns:

@@ -8,6 +8,7 @@ best K of these children are the next frontier.
     start    the root's K best children            pool K
     grow     K x K children of the frontier        pool K + (level - 1) * K * K
 
+Which candidates go on can be fixed beforehand instead (:mod:`~vllm_eagle3.tree.static`).
 Every step is a fixed sequence of tensor operations: no shape depends on data, and nothing
 waits for the device.
 """
@@ -28,7 +29,7 @@ class Expansion:
         scores_BC: float32 log-probabilities of their paths from the root.
         parents_BC: int32 pool index of the parent candidate; ``NO_PARENT`` below the root.
         frontier_tokens_BK: int64.
-        frontier_scores_BK: float32, falling.
+        frontier_scores_BK: float32, falling unless the frontier is fixed.
         frontier_index_BK: int64 pool index.
         frontier_parent_BK: int64 position of the parent in the frontier before this one:
             which of the last forward's K rows holds its state; zeros at level 1.
@@ -55,30 +56,39 @@ class Expansion:
         return self.frontier_tokens_BK.shape[1]
 
 
-def start(log_probs_BK: torch.Tensor, tokens_BK: torch.Tensor) -> Expansion:
+def start(
+    log_probs_BK: torch.Tensor, tokens_BK: torch.Tensor, frontier_K: torch.Tensor | None = None
+) -> Expansion:
     """Offer the root's K best children; all of them are the first frontier.
 
     Args:
         log_probs_BK: float, falling: the K largest of the root's log-softmax.
         tokens_BK: integer, the tokens they belong to.
+        frontier_K: int64, the order in which they are the frontier; the best first if None.
     """
     scores_BK = _log_probability(log_probs_BK)
     tokens_BK = tokens_BK.to(torch.int64)
-    index_BK = torch.arange(tokens_BK.shape[1], device=tokens_BK.device).expand_as(tokens_BK)
+    number_K = torch.arange(tokens_BK.shape[1], device=tokens_BK.device)
+    index_BK = (number_K if frontier_K is None else frontier_K).expand_as(tokens_BK)
     return Expansion(
         tokens_BC=tokens_BK,
         scores_BC=scores_BK,
         parents_BC=torch.full_like(tokens_BK, NO_PARENT, dtype=torch.int32),
-        frontier_tokens_BK=tokens_BK,
-        frontier_scores_BK=scores_BK,
+        frontier_tokens_BK=tokens_BK.gather(1, index_BK),
+        frontier_scores_BK=scores_BK.gather(1, index_BK),
         frontier_index_BK=index_BK,
         frontier_parent_BK=torch.zeros_like(tokens_BK),
-        frontier_bits_BK=_own_bit(index_BK),
+        frontier_bits_BK=_own_bit(number_K).expand_as(tokens_BK),
         level=1,
     )
 
 
-def grow(expansion: Expansion, log_probs_BKK: torch.Tensor, tokens_BKK: torch.Tensor) -> Expansion:
+def grow(
+    expansion: Expansion,
+    log_probs_BKK: torch.Tensor,
+    tokens_BKK: torch.Tensor,
+    frontier_K: torch.Tensor | None = None,
+) -> Expansion:
     """Offer the K best children of each frontier node; the best K of them are the next.
 
     Ties go to the candidate that was offered first.
@@ -87,6 +97,7 @@ def grow(expansion: Expansion, log_probs_BKK: torch.Tensor, tokens_BKK: torch.Te
         log_probs_BKK: float, falling in the last dimension: for each frontier node the K
             largest of its log-softmax.
         tokens_BKK: integer, the tokens they belong to.
+        frontier_K: int64, which of the K * K are the next instead, whatever their scores.
     """
     K = expansion.top_k
     parent_scores_BK1 = expansion.frontier_scores_BK.unsqueeze(2)
@@ -95,7 +106,10 @@ def grow(expansion: Expansion, log_probs_BKK: torch.Tensor, tokens_BKK: torch.Te
     tokens_BJ = tokens_BKK.to(torch.int64).flatten(1)
     parents_BJ = expansion.frontier_index_BK.to(torch.int32).repeat_interleave(K, dim=1)
 
-    best_BK = scores_BJ.sort(dim=1, descending=True, stable=True).indices[:, :K]
+    if frontier_K is None:
+        best_BK = scores_BJ.sort(dim=1, descending=True, stable=True).indices[:, :K]
+    else:
+        best_BK = frontier_K.expand(scores_BJ.shape[0], -1)
     parent_BK = best_BK // K
     number_K = torch.arange(K, device=best_BK.device) + expansion.level * K
     inherited_BK = expansion.frontier_bits_BK.gather(1, parent_BK)

@@ -14,7 +14,10 @@ from vllm_eagle3.tree.types import NO_PARENT, DraftTree
 
 
 def rerank(
-    expansion: Expansion, num_nodes: int, root_tokens_B: torch.Tensor | None = None
+    expansion: Expansion,
+    num_nodes: int,
+    root_tokens_B: torch.Tensor | None = None,
+    kept_M: torch.Tensor | None = None,
 ) -> DraftTree:
     """Keep the ``num_nodes - 1`` best candidates, best first, below a root.
 
@@ -22,6 +25,8 @@ def rerank(
         expansion: the candidates.
         num_nodes: nodes of the tree, the root included; 2 to 64.
         root_tokens_B: integer tokens of the roots; zeros where not given.
+        kept_M: int64 [num_nodes - 1] pool indices of the nodes to keep instead, whatever their
+            scores, a parent before its children.
 
     Raises:
         ValueError: fewer candidates than nodes, or more nodes than a 64-bit mask holds.
@@ -32,8 +37,11 @@ def rerank(
             f"num_nodes={num_nodes} must be between 2 and {min(num_candidates + 1, 64)}: the "
             f"expansion offers {num_candidates} candidates, and a mask holds 64 nodes"
         )
-    order_BC = expansion.scores_BC.sort(dim=1, descending=True, stable=True).indices
-    kept_BM = order_BC[:, : num_nodes - 1]  # M = N - 1, the nodes below the root
+    if kept_M is None:
+        order_BC = expansion.scores_BC.sort(dim=1, descending=True, stable=True).indices
+        kept_BM = order_BC[:, : num_nodes - 1]  # M = N - 1, the nodes below the root
+    else:
+        kept_BM = kept_M.expand(batch, -1)
 
     # Pool index -> node, shifted by one column: NO_PARENT looks up the root.
     node_BC1 = torch.zeros(batch, num_candidates + 1, dtype=torch.int32, device=kept_BM.device)

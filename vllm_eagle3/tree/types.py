@@ -22,13 +22,17 @@ from dataclasses import dataclass
 import torch
 
 from vllm_eagle3.config import TreeConfig
+from vllm_eagle3.tree.static import StaticTree
 
 NO_PARENT = -1  # of the root, and of a detached node, which nothing ever accepts
 
 
 @dataclass
 class DraftTree:
-    """One tree for each of B requests, nodes in order of falling score, parents first.
+    """One tree for each of B requests, parents first.
+
+    The nodes of a dynamic tree stand in order of falling score, those of a static tree in the
+    order of its paths; siblings stand in order of falling score in both.
 
     Attributes:
         tokens_BN: int64 token ids; column 0 is the root's.
@@ -99,12 +103,13 @@ class GrowthBuffers:
         tokens_BC, scores_BC, parents_BC: int64, float32, int32; the pool of candidates in the
             order in which they are offered, the children of level 1 first. A parent is a
             pool index, or ``NO_PARENT`` below the root.
-        frontier_scores_BK: float32; the nodes that the draft expands next, scores falling.
+        frontier_scores_BK: float32; the nodes that the draft expands next.
         frontier_index_BK: int32 pool index.
         frontier_bits_BK: int64 ancestor bits over the expanded nodes, as in
             :class:`~vllm_eagle3.tree.expand.Expansion`.
         frontier_row_BK: int64; row of the last draft forward that holds the state of the
             node's parent: b at level 1, ``b * K + k`` below.
+        static: the candidates that go on and that are kept if the trees are static, or None.
     """
 
     def __init__(self, max_batch: int, config: TreeConfig, device: torch.device) -> None:
@@ -121,3 +126,4 @@ class GrowthBuffers:
         self.frontier_index_BK = zeros(torch.int32, K)
         self.frontier_bits_BK = zeros(torch.int64, K)
         self.frontier_row_BK = zeros(torch.int64, K)
+        self.static = StaticTree.of(config, device)
