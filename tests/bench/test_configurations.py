@@ -48,6 +48,23 @@ def test_trees_as_the_command_line_names_them():
             parse_tree(text)
 
 
+def test_static_trees_by_name_and_from_a_file(tmp_path):
+    published = parse_tree("mc_sim_7b_63", one_size=True)
+    assert (published.name, published.num_speculative_tokens) == ("tree-mc_sim_7b_63", 25)
+    asked = published.speculative_config("head")["tree"]
+    assert asked == {"paths": "mc_sim_7b_63", "verify_budget": None}
+    assert (published.as_tree.depth, published.as_tree.verify_budget) == (5, None)
+    (tmp_path / "mine.json").write_text("[[0], [1], [0, 0]]")
+    mine = parse_tree(str(tmp_path / "mine.json"))
+    assert (mine.name, mine.num_speculative_tokens) == ("tree-mine", 3)
+    assert mine.as_tree.paths == ((0,), (1,), (0, 0))
+    (tmp_path / "mine.json").write_text("[[0, 0]]")
+    with pytest.raises(ValueError, match=r"without \[0\] before it"):
+        parse_tree(str(tmp_path / "mine.json"))
+    with pytest.raises(ValueError, match="no JSON list of paths"):
+        parse_tree("none.json")
+
+
 def test_forwards_of_the_draft():
     fixed, shrinking = tree(31, 4, 8), parse_tree("31/6/8")
     assert [c.draft_forwards(64) for c in (PLAIN, chain(5), fixed)] == [0, 5, 4]

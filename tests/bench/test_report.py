@@ -1,4 +1,4 @@
-from vllm_eagle3.bench.report import render
+from vllm_eagle3.bench.report import label, render
 
 
 def entry(name, drafts, tree=None, cells=(), error=None, skipped=()):
@@ -72,3 +72,8 @@ def test_vllms_own_figure_stands_beside_tau():
 
 def test_skipped_turns_are_told():
     assert "`chain-3` skipped 2 turns" in render(results(entry("chain-3", 3, skipped=[{}, {}])))
+
+
+def test_a_static_tree_is_called_one():
+    entry = {"num_speculative_tokens": 25, "tree": {}, "shape": {"paths": [[0]]}}
+    assert label(entry) == "static tree, 25 drafts"

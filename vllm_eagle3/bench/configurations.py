@@ -1,12 +1,15 @@
 """The engine configurations that a benchmark compares."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.heads.method import method_of
+from vllm_eagle3.paths import PUBLISHED
 
 _PLUGIN_GROUP = "vllm.general_plugins"
 _PLUGIN = "vllm_eagle3.engine.plugin:register"
@@ -24,7 +27,7 @@ class Configuration:
 
     name: str
     num_speculative_tokens: int | None = None
-    tree: dict[str, int | None] | bool | None = None
+    tree: dict[str, Any] | bool | None = None
 
     def speculative_config(self, head: str) -> dict[str, Any] | None:
         """What a user would pass to ``LLM(speculative_config=...)``.
@@ -44,8 +47,8 @@ class Configuration:
         return config
 
     @property
-    def shape(self) -> dict[str, int | None] | None:
-        """Depth and top-k of the tree; None for the others."""
+    def shape(self) -> dict[str, Any] | None:
+        """Depth and top-k of the tree, or its paths; None for the others."""
         return None if self.tree is None else self.as_tree.to_dict()
 
     @property
@@ -97,7 +100,10 @@ def _shape(*sizes: int | None) -> dict[str, int | None]:
 
 
 def parse_tree(text: str, one_size: bool = False) -> Configuration:
-    """A tree as the command line names it: ``N``, or ``N/D/K`` with depth and top-k.
+    """A tree as the command line names it.
+
+    ``N``, or ``N/D/K`` with depth and top-k; a static one by its published name, or by a JSON
+    file with its paths.
 
     Args:
         one_size: the same in every batch; else as a server has it, smaller where more requests
@@ -106,11 +112,14 @@ def parse_tree(text: str, one_size: bool = False) -> Configuration:
     Raises:
         ValueError: another form, or a shape that no tree can have.
     """
+    if text in PUBLISHED or text.endswith(".json"):
+        return _static(text, one_size)
     sizes = text.split("/")
     if len(sizes) not in (1, 3) or not all(size.isdecimal() for size in sizes):
         raise ValueError(
             f"--tree {text}: give the number of draft tokens, as in 31, or also depth and"
-            " top-k, as in 31/6/8"
+            f" top-k, as in 31/6/8, or a static tree: {', '.join(PUBLISHED)} or a file of paths,"
+            " as in paths.json"
         )
     nodes, *shape = map(int, sizes)
     name = "tree-" + "-".join(sizes)
@@ -119,6 +128,19 @@ def parse_tree(text: str, one_size: bool = False) -> Configuration:
     asked = _shape(*shape) or True
     TreeConfig.from_dict(asked, nodes)
     return Configuration(name, nodes, tree=asked)
+
+
+def _static(text: str, one_size: bool) -> Configuration:
+    budget: dict[str, Any] = {"verify_budget": None} if one_size else {}
+    if text in PUBLISHED:
+        asked = {"paths": text, **budget}
+    else:
+        try:
+            asked = {"paths": json.loads(Path(text).read_text(encoding="utf-8")), **budget}
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"--tree {text}: no JSON list of paths ({error})") from error
+    nodes = TreeConfig.from_dict(asked).num_speculative_tokens
+    return Configuration(f"tree-{Path(text).stem}", nodes, tree=asked)
 
 
 def check_plugin(configurations: Sequence[Configuration]) -> None:

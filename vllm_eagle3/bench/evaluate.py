@@ -29,6 +29,7 @@ from vllm_eagle3.heads.checkpoint import Checkpoint
 from vllm_eagle3.heads.description import describe
 from vllm_eagle3.heads.serving import serving
 from vllm_eagle3.heads.target import TargetShape
+from vllm_eagle3.paths import PUBLISHED
 
 _CHAINS, _TREES = [5], ["31/5/16"]  # what `vllm-eagle3 train` predicts
 
@@ -43,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tree",
         nargs="*",
         default=_TREES,
-        help="trees, as N or N/DEPTH/TOP_K, of one size in every batch",
+        help="trees of one size in every batch, as N or N/DEPTH/TOP_K; static ones by name"
+        f" ({', '.join(PUBLISHED)}) or as a JSON file of paths",
     )
     answering.add_arguments(parser)
     add("--no-prediction", action="store_true", help="served figures only")

@@ -69,6 +69,8 @@ def label(entry: dict[str, Any]) -> str:
     if entry["tree"] is None:
         return f"chain, {count} drafts"
     shape = entry["shape"]
+    if "paths" in shape:
+        return f"static tree, {count} drafts"
     return f"tree, {count} drafts (depth {shape['depth']}, top-k {shape['top_k']})"
 
 
