@@ -123,8 +123,8 @@ def test_a_process_killed_between_the_renames_loses_nothing(
     ("config", "processes", "message"),
     [
         (TrainConfig(draft_vocab_size=64, seed=1), 1, "another seed"),
-        (TrainConfig(draft_vocab_size=64, accumulate=2), 1, "another accumulate"),
-        (CONFIG, 2, "1 processes, this run has 2"),
+        (TrainConfig(draft_vocab_size=64, accumulate=2), 1, "give --accumulate 1"),
+        (CONFIG, 2, "use 1 processes with --accumulate 1"),
     ],
 )
 def test_a_state_of_another_run_is_refused(
@@ -141,6 +141,22 @@ def test_what_a_remedy_changes_is_accepted(tmp_path: Path) -> None:
     run.save(1)
     lower = TrainConfig(draft_vocab_size=64, learning_rate=1e-5, clip=0.1, save_every=7)
     assert run.load(lower)[0].step == 1
+
+
+def test_other_processes_may_go_on_if_they_read_a_step_in_as_many_parts(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    checkpoints.save(
+        tmp_path,
+        TrainConfig(draft_vocab_size=64, accumulate=2),
+        *(run.head, run.optimizer, Progress(5, 50, 1.0)),
+        [checkpoints.random_state(CPU)] * 2,
+    )
+    for processes, accumulate in ((1, 4), (2, 2), (4, 1)):
+        config = TrainConfig(draft_vocab_size=64, accumulate=accumulate)
+        progress, states = run.load(config, processes)
+        assert (progress.step, len(states)) == (5, 2)
+    with pytest.raises(ValueError, match=r"2 processes with accumulate=2.*give --accumulate 4"):
+        run.load(CONFIG, 1)
 
 
 def test_no_state_says_so(tmp_path: Path) -> None:

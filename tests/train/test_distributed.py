@@ -1,10 +1,14 @@
-"""Two processes equal one that reads the same step in two parts."""
+"""Several processes: they equal one that reads the same step in as many parts."""
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,27 +31,29 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A target and data."""
+    root = tmp_path_factory.mktemp("distributed")
+    small.llama().save_pretrained(root / "target")
+    (root / "data").mkdir()
+    write_shard(root / "data" / "shard-00-00000.safetensors", small.documents(120))
+    return root / "target", root / "data"
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def steps_of(out: Path) -> list[dict]:
-    entries = map(json.loads, (out / "training_log.jsonl").read_text().splitlines())
-    kept = ("step", "loss", "losses", "accuracy", "accepted", "grad_norm")
-    return [{name: e[name] for name in kept} for e in entries if e["event"] == "step"]
-
-
-def test_two_processes_train_the_same_head_as_one(tmp_path: Path) -> None:
-    small.llama().save_pretrained(tmp_path / "target")
-    (tmp_path / "data").mkdir()
-    write_shard(tmp_path / "data" / "shard-00-00000.safetensors", small.documents(120))
-    command = [sys.executable, "-m", "vllm_eagle3.cli", "train"]
-    command += ["--target", str(tmp_path / "target"), "--data", str(tmp_path / "data")]
-    command += ["--out", str(tmp_path / "two"), "--device", "cpu"]
-    command += [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    # What torchrun sets.
+@contextmanager
+def two_processes(paths: tuple[Path, Path], out: Path, *flags: str, **options: object) -> Iterator:
+    """Two that torchrun might have started, training."""
+    target, data = map(str, paths)
+    command = [sys.executable, "-m", "vllm_eagle3.cli", "train", "--device", "cpu", *flags]
+    command += ["--target", target, "--data", data, "--out", str(out)]
+    command += [f"--{k.replace('_', '-')}={v}" for k, v in (OPTIONS | options).items()]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
@@ -60,25 +66,102 @@ def test_two_processes_train_the_same_head_as_one(tmp_path: Path) -> None:
         for rank in ("0", "1")
     ]
     try:
-        paths = tmp_path / "target", tmp_path / "data"
-        train(*paths, tmp_path / "one", TrainConfig(**OPTIONS, accumulate=2), "cpu")
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        yield processes
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    alone, together = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
-    assert len(alone) == len(together) == 4
-    for one, two in zip(alone, together, strict=True):
-        for name, value in one.items():
-            assert two[name] == pytest.approx(value, rel=1e-3), name
-    states = [
-        torch.load(tmp_path / name / "training_state.pt", weights_only=True)
-        for name in ("one", "two")
-    ]
-    for name, weight in states[0]["head"].items():
-        torch.testing.assert_close(states[1]["head"][name], weight, msg=name)
-    assert len(states[1]["random"]) == 2
+
+
+def ended(processes: list[subprocess.Popen], code: int = 0) -> None:
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [code, code], outputs
+
+
+def entries(out: Path, event: str) -> list[dict]:
+    lines = map(json.loads, (out / "training_log.jsonl").read_text().splitlines())
+    return [entry for entry in lines if entry["event"] == event]
+
+
+def assert_steps_alike(one: Path, other: Path, rel: float = 1e-3) -> None:
+    pairs = list(zip(entries(one, "step"), entries(other, "step"), strict=True))
+    assert len(pairs) >= 4
+    for a, b in pairs:
+        for name in ("step", "loss", "losses", "accuracy", "accepted", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=rel), name
+
+
+def state(out: Path) -> dict:
+    return torch.load(out / "training_state.pt", weights_only=True)
+
+
+def assert_heads_alike(one: Path, other: Path) -> None:
+    for name, weight in state(one)["head"].items():
+        torch.testing.assert_close(state(other)["head"][name], weight, msg=name)
+
+
+def test_two_processes_train_the_same_head_as_one_and_one_goes_on_from_them(
+    paths: tuple[Path, Path], tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    with two_processes(paths, two, accumulate=2) as processes:
+        train(*paths, one, TrainConfig(**OPTIONS, accumulate=4), "cpu")
+        ended(processes)
+    assert_steps_alike(one, two)
+    assert_heads_alike(one, two)
+    assert len(state(two)["random"]) == 2
+    longer = OPTIONS | {"steps": 6}
+    with pytest.raises(ValueError, match="give --accumulate 4"):
+        train(*paths, two, TrainConfig(**longer), "cpu", resume=True)
+    for out in (one, two):
+        train(*paths, out, TrainConfig(**longer, accumulate=4), "cpu", resume=True)
+    assert_steps_alike(one, two)
+    assert_heads_alike(one, two)
+    (noted,) = entries(two, "other processes")
+    assert (noted["step"], noted["before"], noted["now"]) == (4, 2, 1)
+
+
+def test_a_sharded_target_gives_the_same_losses_and_predictions(
+    paths: tuple[Path, Path], tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    # One epoch to its end, where one of the two has nothing left to read.
+    options = {"steps": 100, "epochs": 1, "eval_documents": 2, "eval_chain": 2}
+    flags = ("--shard-target", "--no-packing", "--eval-tree", "6", "2", "4")
+    with two_processes(paths, two, *flags, **options) as processes:
+        settings = OPTIONS | options | {"eval_tree": (6, 2, 4), "packing": False}
+        train(*paths, one, TrainConfig(**settings, accumulate=2), "cpu")
+        ended(processes)
+    assert_steps_alike(one, two)
+    tokens = [json.loads((out / "training.json").read_text())["tokens_seen"] for out in (one, two)]
+    assert tokens[0] == tokens[1] < 512 * 2 * len(entries(one, "step"))
+    held = [entries(out, "start")[0]["target_parameters"] for out in (one, two)]
+    assert held[1] < 0.7 * held[0]
+    predicted = [entries(out, "evaluation")[-1]["predicted"] for out in (one, two)]
+    for name, prediction in predicted[0].items():
+        assert predicted[1][name]["roots"] == prediction["roots"] > 0
+        assert predicted[1][name]["tau"] == pytest.approx(prediction["tau"], rel=1e-3)
+
+
+def test_a_target_is_not_sharded_over_one_process(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use torchrun"):
+        train(*paths, tmp_path, TrainConfig(**OPTIONS, shard_target=True), "cpu")
+
+
+def test_a_signal_ends_both_after_the_same_step_with_their_state_on_the_disk(
+    paths: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with two_processes(paths, tmp_path, steps=100_000, epochs=100_000) as processes:
+        log, deadline = tmp_path / "training_log.jsonl", time.monotonic() + 60
+        while not log.is_file() or '"step"' not in log.read_text():
+            assert time.monotonic() < deadline
+            assert processes[0].poll() is None
+            time.sleep(0.05)
+        for process in (*processes, *processes):  # as torchrun passes on a Ctrl-C
+            process.send_signal(signal.SIGINT)
+        ended(processes, 130)
+    saved = state(tmp_path)
+    assert saved["progress"]["step"] == entries(tmp_path, "interrupted")[-1]["step"] > 0
+    assert len(saved["random"]) == 2
 
 
 def test_every_batch_is_read_by_one_process_and_shares_add_up() -> None:
@@ -97,7 +180,10 @@ def test_every_batch_is_read_by_one_process_and_shares_add_up() -> None:
         tokens = sum(b.tokens_BT.numel() for part in parts for b, _ in part.parts)
         assert {part.num_tokens for part in parts} == {tokens}
     for part in (p for r in ranks for p in r):
-        seen += sum(int(b.assistant_BT.sum()) for b, _ in part.parts)
+        seen += sum(int(b.assistant_BT.sum()) for b, share in part.parts if share)
+    last = [r[-1].parts for r in ranks]
+    assert len({len(parts) for parts in last}) == 1
+    assert sum(share for parts in last for _, share in parts) == pytest.approx(1)
     assert seen == 2 * sum(int(d.assistant.sum()) for d in documents)
     later = steps(1, 3, start=2)
     for (a, _), (b, _) in zip(later[0].parts, ranks[1][2].parts, strict=True):

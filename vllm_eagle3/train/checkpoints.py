@@ -22,7 +22,7 @@ PREVIOUS_FILE = "training_state.previous.pt"
 # These may change between the parts of a run; what shapes the weights may not. The learning
 # rate is free because lowering it is the remedy for a loss that is no longer finite.
 _FREE = {
-    *("epochs", "steps", "minutes", "learning_rate", "clip", "recompute"),
+    *("epochs", "steps", "minutes", "learning_rate", "clip", "recompute", "shard_target"),
     *("log_every", "eval_every", "save_every", "eval_batches"),
     *("eval_documents", "eval_chain", "eval_tree", "tensorboard"),
 }
@@ -112,32 +112,54 @@ def load(
 ) -> tuple[Progress, list[dict[str, Any]]]:
     """Restore head and optimiser from the newest state that can be read.
 
+    On as many processes a run goes on bit by bit. On another number of them it reads the same
+    batches in the same order, if processes x ``accumulate`` is what it was; but sums are
+    rounded in another order, and noise is drawn anew.
+
     Returns:
-        The progress and the random states, by rank.
+        The progress and the random states, by the ranks of the processes that wrote them.
 
     Raises:
-        ValueError: there is no state, or it is of another configuration, other data or
-            another number of processes.
+        ValueError: there is no state, or it is of another configuration, of other data, or of
+            processes that read a step in another number of parts.
     """
     path, stored = _newest(out_dir, head.d2t.device)
     now = asdict(config)
-    changed = [k for k in now if k not in _FREE and stored["config"].get(k) != now[k]]
+    changed = [
+        name
+        for name in now
+        if name not in {*_FREE, "accumulate"} and stored["config"].get(name) != now[name]
+    ]
     if changed:
         raise ValueError(
             f"{path} was written with another {', '.join(changed)}: give the same, or "
             "start without resume"
         )
-    if len(stored["random"]) != num_processes:
-        raise ValueError(
-            f"{path} was written by {len(stored['random'])} processes, this run has "
-            f"{num_processes}: use as many, or start without resume"
-        )
+    _check_parts(path, len(stored["random"]), stored["config"], num_processes, config)
     if not torch.equal(stored["head"]["d2t"], head.d2t):
         raise ValueError(f"{path} was trained on other data: start without resume")
     head.load_state_dict(stored["head"])
     head.feature_scale_F.copy_(stored["feature_scale"])
     optimizer.load_state_dict(stored["optimizer"])
     return Progress(**stored["progress"]), stored["random"]
+
+
+def _check_parts(
+    path: Path, before: int, stored: dict[str, Any], num_processes: int, config: TrainConfig
+) -> None:
+    """Refuse another number of parts of a step: other batches would be read, some of them twice."""
+    parts = before * stored["accumulate"]
+    if num_processes * config.accumulate == parts:
+        return
+    accumulate, rest = divmod(parts, num_processes)
+    remedy = f"use {before} processes with --accumulate {stored['accumulate']}"
+    if not rest:
+        remedy = f"give --accumulate {accumulate}"
+    raise ValueError(
+        f"{path} was written by {before} processes with accumulate={stored['accumulate']}, "
+        f"{parts} parts a step; this run has {num_processes} with accumulate={config.accumulate}, "
+        f"which are other batches: {remedy}, or start without resume"
+    )
 
 
 def _newest(out_dir: Path, device: torch.device) -> tuple[Path, dict[str, Any]]:

@@ -8,11 +8,13 @@ keeps the padding low (a fifth, at 190 tokens a document), and the batches are s
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from vllm_eagle3.corpus import Document
+from vllm_eagle3.train.documents import DocumentLayout
 
 _WINDOW_BATCHES = 16
 _LENGTH_MULTIPLE = 64  # few distinct shapes, whole tiles
@@ -32,6 +34,11 @@ class TokenBatch:
     tokens_BT: torch.Tensor
     assistant_BT: torch.Tensor
     positions_BT: torch.Tensor | None = None
+
+    @cached_property
+    def layout(self) -> DocumentLayout | None:
+        """Where the documents lie; None for one document a row."""
+        return None if self.positions_BT is None else DocumentLayout(self.positions_BT)
 
     def to(self, device: torch.device) -> "TokenBatch":
         """On another device."""

@@ -27,7 +27,8 @@ class TrainConfig:
             all parts of an accumulated step: the recipe stays the same on more GPUs.
         accumulate: parts that an optimiser step is read in; more of them need less memory.
         max_length: longer documents are cut.
-        packing: several documents in a row of ``max_length``, in place of padding.
+        packing: several documents in a row of ``max_length``, none of which sees another; False
+            for one document a row, padded.
         epochs: passes over the data, at most.
         steps: optimiser steps, at most; None for no limit.
         minutes: wall-clock limit; the schedule ends with it. None for no limit.
@@ -41,7 +42,10 @@ class TrainConfig:
             ``eval_tree`` are predicted; 0 for none.
         eval_chain: drafts of the chain.
         eval_tree: draft tokens, depth and top-k of the tree.
-        recompute: keep no activations of the MLP, compute them again (gradient checkpointing).
+        recompute: keep no activations within a draft step, compute them again (gradient
+            checkpointing): about a third more time for a fraction of the memory.
+        shard_target: spread the target's layers over the processes (FSDP2), where one GPU does
+            not hold it; the head is on each of them.
         tensorboard: write TensorBoard's events beside the log of JSON lines.
         attention: ``"flash"`` or ``"math"``.
     """
@@ -50,7 +54,7 @@ class TrainConfig:
     batch_tokens: int = 32768
     accumulate: int = 1
     max_length: int = 2048
-    packing: bool = False
+    packing: bool = True
     epochs: int = 3
     steps: int | None = None
     minutes: float | None = None
@@ -71,6 +75,7 @@ class TrainConfig:
     seed: int = 0
     attention: str = "flash"
     recompute: bool = False
+    shard_target: bool = False
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -99,7 +104,7 @@ class TrainConfig:
         """What this configuration changes of the objective's own ``LossSettings``."""
         changes = {"num_steps": self.num_ttt_steps, "decay": self.ttt_decay}
         given = {name: value for name, value in changes.items() if value is not None}
-        return given | {"attention": self.attention}
+        return given | {"attention": self.attention, "recompute": self.recompute}
 
     def trees(self) -> dict[str, TreeConfig]:
         """What the evaluation predicts acceptance lengths for, by name.
@@ -171,12 +176,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("save_every", int, "steps between states to resume from")
     add("seed", int, "of the order and the weights")
     add("attention", str, "flash or math")
+    parser.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        default=default.packing,
+        help="several documents in a row of --max-length, in place of padding (on)",
+    )
     for name, text in (
-        ("packing", "several documents in a row of --max-length, in place of padding"),
-        ("recompute", "compute the MLP's activations again instead of keeping them"),
+        ("recompute", "compute a draft step's activations again instead of keeping them"),
+        ("shard_target", "spread the target's layers over the processes of torchrun"),
         ("tensorboard", "write TensorBoard's events too"),
     ):
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
 
 
 def config_from_arguments(args: argparse.Namespace) -> TrainConfig:

@@ -94,7 +94,9 @@ class _Trainer:
             self.log.rewind(self.step)
         else:
             self.learner.initialise(self.loader.first().to(self.device))
-        self.world.share_weights(self.learner.head)
+            if self.world.rank:  # noise of its own
+                torch.manual_seed(self.config.seed + self.world.rank)
+        self.learner.replicate()
         self.log.write(
             "start",
             config=asdict(self.config),
@@ -102,6 +104,7 @@ class _Trainer:
             documents=len(self.documents),
             coverage=self.learner.coverage,
             parameters=sum(p.numel() for p in self.learner.head.parameters()),
+            target_parameters=self.learner.target.num_parameters,
         )
         self._loop()
         self._evaluate()
@@ -113,14 +116,14 @@ class _Trainer:
 
     def _loop(self) -> None:
         self.clock.start(self.step, self.tokens_seen, self.loader.num_steps())
-        # Several processes would note a signal at different steps, and wait for each other.
-        with interruption.noted(self.world.size == 1) as interrupted:
+        with interruption.noted(patient=self.world.size > 1) as interrupted:
             for batches in self.loader.steps(self.step, self.device):
                 progress = self.clock.progress(self.step)
                 if progress >= 1:
                     break
                 self._step(batches, progress)
-                if interrupted():
+                # One for all: they would note it at different steps, and wait for each other.
+                if self.world.any(interrupted(), self.device):
                     self._save_state()
                     self.log.write("interrupted", step=self.step)
                     raise KeyboardInterrupt
@@ -152,7 +155,8 @@ class _Trainer:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        if not self.world.is_main:
+        # A sharded target runs on all processes or on none.
+        if not (self.world.is_main or self.config.shard_target):
             return
         learner = self.learner
         self.evaluation = evaluate(
@@ -197,7 +201,18 @@ class _Trainer:
         self.step, self.tokens_seen = progress.step, progress.tokens_seen
         self.saved_step = progress.step
         self.clock.seconds_before = progress.seconds
-        checkpoints.restore_random_state(random_states[self.world.rank], self.device)
+        if len(random_states) == self.world.size:
+            checkpoints.restore_random_state(random_states[self.world.rank], self.device)
+        else:
+            torch.manual_seed(self.config.seed + 1_000_003 * self.step + self.world.rank)
+            self.log.write(
+                "other processes",
+                step=self.step,
+                before=len(random_states),
+                now=self.world.size,
+                equal="the batches and their order",
+                different="the rounding of sums, and noise",
+            )
 
     def _card(self) -> str:
         learner = self.learner

@@ -24,12 +24,12 @@ Shape suffixes: B sequences, T slots, K steps, P = B T rows, M counted slots, H 
 
 import torch
 
-from vllm_eagle3.train.attention import DiagonalAttention
 from vllm_eagle3.train.eagle1 import Eagle1Head
 from vllm_eagle3.train.features import FeatureBatch
 from vllm_eagle3.train.objectives.eagle1 import feature_terms, noisy
 from vllm_eagle3.train.objectives.result import LossResult, LossSettings, weighted
-from vllm_eagle3.train.objectives.slots import ChainAcceptance, counted_slots, shift_left
+from vllm_eagle3.train.objectives.slots import ChainAcceptance, counted_slots
+from vllm_eagle3.train.objectives.steps import DraftSteps
 
 
 def aligned_loss(head: Eagle1Head, batch: FeatureBatch, settings: LossSettings) -> LossResult:
@@ -37,18 +37,15 @@ def aligned_loss(head: Eagle1Head, batch: FeatureBatch, settings: LossSettings) 
 
     Noise is added where a gradient is wanted of a head in training mode, and nowhere else.
     """
-    num_slots = batch.tokens_BT.shape[1]
-    positions_BT = torch.arange(num_slots, device=batch.tokens_BT.device).unsqueeze(0)
     slots = [counted_slots(batch.assistant_BT, step) for step in range(settings.num_steps)]
     features_PH = batch.features_BTF.flatten(0, 1)
     chain = ChainAcceptance(batch.tokens_BT, len(slots[0]))
-    attend = DiagonalAttention(settings.attention)
+    run_step = DraftSteps(head, batch, settings)
     training = head.training and torch.is_grad_enabled()
     taken_BTH = noisy(batch.features_BTF, settings.feature_noise if training else 0.0)
     losses, parts, accuracies, accepted = [], [], [], []
     for step, slots_M in enumerate(slots):
-        tokens_BT = shift_left(batch.tokens_BT, 1 + step)
-        out_BTH = head.step(tokens_BT, taken_BTH, positions_BT + step, attend)
+        out_BTH = run_step(taken_BTH)
         taken_BTH = out_BTH.detach()
         terms, drafted_M, agree_M = feature_terms(
             head,

@@ -19,12 +19,14 @@ class LossSettings:
         token_weight: of the cross-entropy beside the feature regression (EAGLE-1, HASS).
         feature_noise: half width of the uniform noise on the target's features while
             training (EAGLE-1, HASS).
+        recompute: keep no activations within a draft step, compute them again.
         top_k, top_k_weight: tokens (0: none) and weight of HASS's top-K distillation.
     """
 
     num_steps: int = 7
     decay: float = 0.8
     attention: str = "flash"
+    recompute: bool = False
     token_weight: float = 0.1
     feature_noise: float = 0.0
     top_k: int = 0
