@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.train import small
+from vllm_eagle3 import files
 from vllm_eagle3.train import checkpoints
 from vllm_eagle3.train.checkpoints import Progress
 from vllm_eagle3.train.settings import TrainConfig
@@ -35,7 +36,7 @@ class Run:
         return checkpoints.load(self.out_dir, config, self.head, self.optimizer, processes)
 
 
-def files(folder: Path) -> list[str]:
+def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -60,7 +61,7 @@ def test_the_last_two_states_are_kept(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for step in (1, 2, 3):
         run.save(step)
-    assert files(tmp_path) == ["training_state.previous.pt", "training_state.pt"]
+    assert names(tmp_path) == ["training_state.previous.pt", "training_state.pt"]
     assert run.load()[0].step == 3
 
 
@@ -90,10 +91,12 @@ def test_a_full_disk_leaves_the_states_as_they_were(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "fsync", full)
-        with pytest.raises(ValueError, match=r"step 3 could not be written.*No space left"):
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(
+            ValueError, match=r"training_state\.pt could not be written.*No space left.*of step 3"
+        ):
             run.save(3)
-    assert files(tmp_path) == ["training_state.previous.pt", "training_state.pt"]
+    assert names(tmp_path) == ["training_state.previous.pt", "training_state.pt"]
     assert run.load()[0].step == 2
 
 
@@ -102,7 +105,7 @@ def test_a_process_killed_between_the_renames_loses_nothing(
 ) -> None:
     run = Run(tmp_path)
     run.save(1)
-    replace, calls = checkpoints.os.replace, []
+    replace, calls = files.os.replace, []
 
     def killed_at_the_second(source: Path, target: Path) -> None:
         calls.append(target)
@@ -111,7 +114,7 @@ def test_a_process_killed_between_the_renames_loses_nothing(
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "replace", killed_at_the_second)
+        patch.setattr(files.os, "replace", killed_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             run.save(2)
     assert run.load()[0].step == 1

@@ -5,7 +5,6 @@ written beside them, flushed to the disk, and only then renamed: a full disk or 
 process leaves the two as they were.
 """
 
-import os
 import random
 import sys
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vllm_eagle3.files import replacing
 from vllm_eagle3.train.settings import TrainConfig
 
 STATE_FILE = "training_state.pt"
@@ -71,36 +71,22 @@ def save(
         ValueError: the disk is full or not writable; the states written before are intact.
     """
     newest, previous = out_dir / STATE_FILE, out_dir / PREVIOUS_FILE
-    scratch = out_dir / f".{STATE_FILE}.partial"
-    try:
-        with scratch.open("wb") as file:
-            torch.save(
-                {
-                    "config": asdict(config),
-                    "head": head.state_dict(),
-                    "feature_scale": head.feature_scale_F,
-                    "optimizer": optimizer.state_dict(),
-                    "progress": asdict(progress),
-                    "random": random_states,
-                },
-                file,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-    # torch reports a failed write of its archive as a RuntimeError.
-    except (OSError, RuntimeError) as error:
-        scratch.unlink(missing_ok=True)
-        raise ValueError(
-            f"the state of step {progress.step} could not be written to {out_dir} ({error}): free "
-            "some space, and go on from the state before with --resume"
-        ) from error
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    if newest.is_file():
-        os.replace(newest, previous)
-    os.replace(scratch, newest)
-    _flush_folder(out_dir)
+    remedy = (
+        f"it is the state of step {progress.step}; free some space, and go on from the state "
+        "before with --resume"
+    )
+    with replacing(newest, remedy, previous) as scratch:
+        torch.save(
+            {
+                "config": asdict(config),
+                "head": head.state_dict(),
+                "feature_scale": head.feature_scale_F,
+                "optimizer": optimizer.state_dict(),
+                "progress": asdict(progress),
+                "random": random_states,
+            },
+            scratch,
+        )
 
 
 def load(
@@ -176,17 +162,3 @@ def _newest(out_dir: Path, device: torch.device) -> tuple[Path, dict[str, Any]]:
     if unreadable:
         raise ValueError(f"{' and '.join(unreadable)} of {out_dir} cannot be read: start anew")
     raise ValueError(f"{out_dir / STATE_FILE} does not exist: start without resume")
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make renames last through a power failure; a file system without it is left alone."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

@@ -4,12 +4,14 @@ One process for each GPU; ``torchrun -m vllm_eagle3.cli train ...`` starts sever
 """
 
 import argparse
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from vllm_eagle3.corpus import read_corpus, write_json
+from vllm_eagle3.files import writing
 from vllm_eagle3.train import checkpoints, interruption
 from vllm_eagle3.train.card import model_card
 from vllm_eagle3.train.clock import Clock
@@ -76,7 +78,8 @@ class _Trainer:
     ) -> None:
         self.config, self.out_dir, self.device, self.world = config, out_dir, device, world
         self.target_name, self.data_dir = str(target), data_dir
-        out_dir.mkdir(parents=True, exist_ok=True)
+        with writing(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
         corpus = read_corpus(data_dir)
         self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
@@ -88,7 +91,17 @@ class _Trainer:
         self.evaluation: Evaluation | None = None
 
     def train(self, resume: bool) -> Path:
-        self.log = RunLog(self.out_dir, self.world.is_main, self.config.tensorboard, resume)
+        tensorboard = self.config.tensorboard
+        with closing(RunLog(self.out_dir, self.world.is_main, tensorboard, resume)) as self.log:
+            self._begin(resume)
+            self._loop()
+            self._evaluate()
+            self._save_state()
+            if self.world.is_main:
+                export(self.learner.head, self.out_dir, self._card())
+        return self.out_dir
+
+    def _begin(self, resume: bool) -> None:
         if resume:
             self._load_state()
             self.log.rewind(self.step)
@@ -106,13 +119,6 @@ class _Trainer:
             parameters=sum(p.numel() for p in self.learner.head.parameters()),
             target_parameters=self.learner.target.num_parameters,
         )
-        self._loop()
-        self._evaluate()
-        self._save_state()
-        self.log.close()
-        if self.world.is_main:
-            export(self.learner.head, self.out_dir, self._card())
-        return self.out_dir
 
     def _loop(self) -> None:
         self.clock.start(self.step, self.tokens_seen, self.loader.num_steps())
