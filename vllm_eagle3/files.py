@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _REMEDY = (
@@ -51,10 +51,8 @@ def writing(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
 
 def flush_folder(folder: Path) -> None:
     """Make renames last through a power failure; a file system without it is left alone."""
-    try:
+    with suppress(OSError):
         _flush(folder)
-    except OSError:
-        pass
 
 
 def _flush(path: Path) -> None:

@@ -53,7 +53,7 @@ class Learner:
         device: torch.device,
         world: World,
     ) -> None:
-        self.clip, self.device, self.world = config.clip, device, world
+        self.config, self.device, self.world = config, device, world
         # Half precision only where it is fast; the master weights are float32 everywhere.
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.objective = OBJECTIVES[config.objective]
@@ -102,10 +102,11 @@ class Learner:
         with self._autocast():
             return self.objective.loss(self.head, self.read(batch), self.quiet)
 
-    def optimise(
-        self, batches: StepBatches, learning_rate: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def optimise(self, batches: StepBatches, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of the optimiser.
+
+        Args:
+            progress: share of the run that is over.
 
         Returns:
             This process's share of the measures, float32 [1 + 3K]: the loss, then losses,
@@ -115,15 +116,18 @@ class Learner:
             FloatingPointError: the gradient is not finite; the weights are as before.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = self.config.rate(progress)
+        settings = self.settings
+        if progress < self.config.top_k_from:
+            settings = replace(settings, top_k_weight=0.0)
         measures = torch.zeros(1 + 3 * self.settings.num_steps, device=self.device)
         for number, (batch, share) in enumerate(batches.parts, 1):
             with syncing(self._trained, number == len(batches.parts)):
-                result = self._forward(batch)
+                result = self._forward(batch, settings)
                 # Times the processes: their gradients are averaged, their shares add up to one.
                 (result.loss * (share * self.world.size)).backward()
             measures += share * _as_vector(result)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
         # Of the summed gradient, so that all processes stop together.
         if not torch.isfinite(grad_norm):
             raise FloatingPointError("the gradient is not finite")
@@ -131,9 +135,9 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return measures, grad_norm
 
-    def _forward(self, batch: TokenBatch) -> LossResult:
+    def _forward(self, batch: TokenBatch, settings: LossSettings) -> LossResult:
         with self._autocast():
-            return self._trained(self.read(batch), self.settings)
+            return self._trained(self.read(batch), settings)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)

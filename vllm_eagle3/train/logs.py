@@ -129,8 +129,8 @@ def _tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            "tensorboard is not installed: pip install 'vllm-eagle3[train]', or leave --tensorboard "
-            f"out ({LOG_FILE} holds the same numbers)"
+            "tensorboard is not installed: pip install 'vllm-eagle3[train]', or leave "
+            f"--tensorboard out ({LOG_FILE} holds the same numbers)"
         ) from error
     with writing(folder, _REMEDY):
         return SummaryWriter(str(folder))

@@ -36,6 +36,8 @@ class TrainConfig:
         objective: which head, and what it is trained by; a name of ``objectives.OBJECTIVES``.
         num_ttt_steps, ttt_decay: draft steps that are trained through, and the weight of one
             relative to that before; None for the objective's own.
+        top_k_from: share of the run after which HASS's top-K distillation counts; with 0.5 a
+            first half trains the alignment alone (weight 0), the second both.
         held_out: share of the documents kept for evaluation.
         eval_batches: batches that the evaluation of losses reads, at most.
         eval_documents: documents on which the acceptance lengths of ``eval_chain`` and
@@ -64,6 +66,7 @@ class TrainConfig:
     objective: str = "eagle3"
     num_ttt_steps: int | None = None
     ttt_decay: float | None = None
+    top_k_from: float = 0.0
     held_out: float = 0.01
     eval_batches: int = 8
     eval_documents: int = 8
@@ -86,6 +89,13 @@ class TrainConfig:
 
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r}: use one of {', '.join(OBJECTIVES)}")
+        if not 0 <= self.top_k_from < 1:
+            raise ValueError(f"top_k_from={self.top_k_from} must be at least 0 and below 1")
+        if self.top_k_from and not OBJECTIVES[self.objective].settings.top_k:
+            raise ValueError(
+                f"top_k_from={self.top_k_from}: objective {self.objective!r} has no top-K "
+                "distillation; leave it out, or train 'hass'"
+            )
         if self.eval_documents < 0:
             raise ValueError(f"eval_documents={self.eval_documents} must be 0 or more")
         if len(self.eval_tree) != 3:
@@ -161,6 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("clip", float, "largest norm of a step's gradient")
     add("num_ttt_steps", int, "draft steps trained through")
     add("ttt_decay", float, "weight of a draft step relative to the one before")
+    add("top_k_from", float, "hass: share of the run after which top-K distillation counts")
     add("log_every", int, "steps between log lines")
     add("eval_every", int, "steps between evaluations")
     add("eval_documents", int, "held-out documents to predict acceptance lengths on; 0: none")

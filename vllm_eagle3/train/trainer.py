@@ -136,7 +136,7 @@ class _Trainer:
 
     def _step(self, batches: StepBatches, progress: float) -> None:
         try:
-            measures, grad_norm = self.learner.optimise(batches, self.config.rate(progress))
+            measures, grad_norm = self.learner.optimise(batches, progress)
         except FloatingPointError as error:
             raise ValueError(self._not_finite()) from error
         self.step += 1

@@ -17,6 +17,9 @@ Slots are named by where the draft starts, as in EAGLE-3's training-time test; t
 them by where the k-th draft stands, t + k, which is the same but at the start of a text, where
 a draft would begin before it.
 
+The two stages, w = 0 and then w = 1, are one run here: ``TrainConfig.top_k_from`` is the share of
+it where the second begins.
+
 The same function is EAGLE-1's loss (``decay`` 0 or one step, no top-K term).
 
 Shape suffixes: B sequences, T slots, K steps, P = B T rows, M counted slots, H hidden.
