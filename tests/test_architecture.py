@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "config": set(),
     "files": set(),
     "corpus": {"files"},
-    "data": {"corpus"},
+    "data": {"corpus", "files"},
     "tree": {"config"},
     "metrics": {"tree"},
     "ops": {"config", "tree"},

@@ -49,6 +49,12 @@ COMMANDS = (
         "train",
     ),
     Command(
+        ("data", "convert"),
+        "vllm_eagle3.data.convert",
+        "conversations that the target has answered already, as training data",
+        "train",
+    ),
+    Command(
         ("data", "analyse"),
         "vllm_eagle3.data.analyse",
         "what is in training data, and does it resemble your traffic?",
