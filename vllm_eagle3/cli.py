@@ -95,6 +95,12 @@ COMMANDS = (
         "attention to trees beside FlashAttention 3 on chains",
     ),
     Command(
+        ("bench", "train"),
+        "vllm_eagle3.bench.train",
+        "tokens per second and peak memory of training, beside a naive loop",
+        "train",
+    ),
+    Command(
         ("bench", "widen"),
         "vllm_eagle3.bench.widen",
         "write a pair of a small model's function and a large one's cost",
