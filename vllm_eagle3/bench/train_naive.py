@@ -42,16 +42,19 @@ def steps(
         while read < batch_tokens:
             parts.append(next(batches))
             read += int(parts[-1][1].sum())
-        written = [int(assistant_BT.sum()) for _, _, assistant_BT in parts]
-        for part, count in zip(parts, written, strict=True):
+        roots = [num_roots(assistant_BT) for _, _, assistant_BT in parts]
+        for part, count in zip(parts, roots, strict=True):
             tensors = [tensor.to(learner.device) for tensor in part]
             with torch.autocast(learner.device.type, learner.dtype, learner.dtype != torch.float32):
                 part_loss = loss(learner, *tensors, learner.settings)
-            (part_loss * count / max(1, sum(written))).backward()
+            (part_loss * count / sum(roots)).backward()
         torch.nn.utils.clip_grad_norm_(learner.head.parameters(), learner.config.clip)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
-        yield sum(written), sum(tokens_BT.numel() for tokens_BT, _, _ in parts)
+        yield (
+            sum(int(assistant_BT.sum()) for _, _, assistant_BT in parts),
+            sum(tokens_BT.numel() for tokens_BT, _, _ in parts),
+        )
 
 
 def loss(
@@ -61,7 +64,7 @@ def loss(
     assistant_BT: torch.Tensor,
     settings: LossSettings,
 ) -> torch.Tensor:
-    """The sum over draft steps of decay^k times the mean cross-entropy of the counted slots.
+    """The sum over draft steps of decay^k times the slots' cross-entropies, over the roots.
 
     Args:
         mask_BT: bool, True for tokens of a document.
@@ -92,9 +95,13 @@ def loss(
         counted_BT = later(assistant_BT, 1) & later(assistant_BT, 2 + step)
         counted_BT &= later(covered_BT, 1 + step)
         losses_BT = -(later(target_BTV, 1 + step) * log_q_BTV).sum(-1)
-        mean = (losses_BT * counted_BT).sum() / counted_BT.sum().clamp(min=1)
-        total = total + settings.decay**step * mean
-    return total
+        total = total + settings.decay**step * (losses_BT * counted_BT).sum()
+    return total / num_roots(assistant_BT)
+
+
+def num_roots(assistant_BT: torch.Tensor) -> int:
+    """Slots whose root and first predicted token are the assistant's; at least 1."""
+    return max(1, int((assistant_BT[:, 1:-1] & assistant_BT[:, 2:]).sum()))
 
 
 class _Attention:

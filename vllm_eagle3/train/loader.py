@@ -7,8 +7,9 @@ processes. The epochs follow each other without a gap, and the last group may be
 All processes have as many parts in a step, so that what they do together stays in step: one
 with fewer batches reads the first of the group once more, for nothing.
 
-A batch's loss is a mean over its slots. Its share of the step's loss is its share of the
-assistant's tokens, so that no token counts for more because its batch had little to predict.
+A batch's loss is a sum over its slots, divided by its roots (see the objectives). Its share of
+the step's loss is its share of the step's roots: together that is the loss of all batches as
+one, and no token counts for more because its batch had little to predict.
 """
 
 import itertools
@@ -20,6 +21,7 @@ import torch
 from vllm_eagle3.corpus import Document
 from vllm_eagle3.train.data import TokenBatch, epoch_batches
 from vllm_eagle3.train.distributed import World
+from vllm_eagle3.train.objectives.slots import counted_slots
 from vllm_eagle3.train.packing import packed_batches
 from vllm_eagle3.train.settings import TrainConfig
 
@@ -82,8 +84,8 @@ class Loader:
         batches = itertools.islice(batches, start * self.group, None)
         while group := list(itertools.islice(batches, self.group)):
             num_tokens = sum(batch.tokens_BT.numel() for batch in group)
-            written = [int(batch.assistant_BT.sum()) for batch in group]
-            shares = [count / max(1, sum(written)) for count in written]
+            roots = [len(counted_slots(batch.assistant_BT, 0)) for batch in group]
+            shares = [count / max(1, sum(roots)) for count in roots]
             missing = -len(group) % self.world.size
             parts = [*zip(group, shares, strict=True), *[(group[0], 0.0)] * missing]
             mine = parts[self.world.rank :: self.world.size]

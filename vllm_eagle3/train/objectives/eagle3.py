@@ -9,10 +9,13 @@ With T slots and steps k = 0..K-1 (EAGLE-3, arXiv 2503.01840), slot t of step k
     predicts   token t+2+k: the target's distribution at position t+1+k, restricted to the
                draft vocabulary and renormalised.
 
-    loss_k = - mean over counted slots of sum_v p(v) log q(v),   loss = sum_k decay^k loss_k.
+    loss_k = - mean over the n_k counted slots of sum_v p(v) log q(v)
+    loss   = sum_k decay^k (n_k / n) loss_k
 
 A slot counts where the tokens t+1 (the root a server would draft from) and t+2+k are the
-assistant's and the target's most likely token is in the draft vocabulary.
+assistant's and the target's most likely token is in the draft vocabulary. Of n slots, or roots,
+the tokens t+1 and t+2 are the assistant's: as n is known of the tokens alone, batches weighted by
+their n add up to the loss of all of them as one, on however many processes.
 
 There is no loss on the states: leaving it out is what lets the features be fused of several
 layers (section 1). EAGLE-3.1 has the same loss; its head feeds back the normed state.
@@ -39,6 +42,7 @@ def ttt_loss(head: Eagle3Head, batch: TTTBatch, settings: LossSettings) -> LossR
     run_step = DraftSteps(head, batch, settings)
     state_BTH = head.fuse(batch.features_BTF)
     outs, rows, covered, weights = [], [], [], []
+    num_roots = max(1, len(slots[0]))
     for step, slots_M in enumerate(slots):
         out_BTH = run_step(state_BTH)
         state_BTH = head.feedback(out_BTH)
@@ -47,22 +51,23 @@ def ttt_loss(head: Eagle3Head, batch: TTTBatch, settings: LossSettings) -> LossR
         rows.append(slots_M + 1 + step)  # the target's rows, in the same flat order
         covered.append(covered_P[rows[-1]])
         counted_M = covered[-1].to(head.lm_head.weight.dtype)
-        weights.append(counted_M / counted_M.sum().clamp(min=1))
+        weights.append(settings.decay**step / num_roots * counted_M)
     # All steps at once, so that there is one gradient of the output matrix and not K.
     loss, losses_M, drafted_M, agree_M = LinearSoftCrossEntropy.apply(
         _normed(head, torch.cat(outs), settings),
         head.lm_head.weight,
         batch.target_logits_BTV.flatten(0, 1),
         torch.cat(rows),
-        torch.cat([settings.decay**step * w for step, w in enumerate(weights)]),
+        torch.cat(weights),
     )
     sizes = [len(slots_M) for slots_M in slots]
     chain = ChainAcceptance(batch.tokens_BT, sizes[0])
     losses, accuracies, accepted = [], [], []
     parts = zip(losses_M.split(sizes), drafted_M.split(sizes), agree_M.split(sizes), strict=True)
     for step, (of_step_M, drafted, agree) in enumerate(parts):
-        losses.append((of_step_M * weights[step]).sum())
-        accuracies.append((agree & covered[step]).sum() / covered[step].sum().clamp(min=1))
+        num_counted = covered[step].sum().clamp(min=1)
+        losses.append((of_step_M * covered[step]).sum() / num_counted)
+        accuracies.append((agree & covered[step]).sum() / num_counted)
         accepted.append(chain.share(step, slots[step], head.draft_token_ids[drafted]))
     return LossResult(
         loss=loss,

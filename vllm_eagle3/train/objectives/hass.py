@@ -11,8 +11,9 @@ An EAGLE-1 head drafts from its own features from the second draft on. HASS trai
 
     L_top_k = - sum over the K' likeliest v of p of p(v) log q(v)    (section 3.1, K' = 10)
     loss_k  = mean over counted slots of L_reg + 0.1 L_cls + w L_top_k,   L_reg, L_cls as EAGLE's
-    loss    = sum_k decay^k loss_k                                    (decay 1 in the paper)
+    loss    = sum_k decay^k (n_k / n_0) loss_k                        (decay 1 in the paper)
 
+with n_k counted slots in step k: a slot has the same weight whatever batch it is in.
 Slots are named by where the draft starts, as in EAGLE-3's training-time test; the paper names
 them by where the k-th draft stands, t + k, which is the same but at the start of a text, where
 a draft would begin before it.
@@ -65,7 +66,7 @@ def aligned_loss(head: Eagle1Head, batch: FeatureBatch, settings: LossSettings) 
         accuracies.append(agree_M.sum() / max(1, len(slots_M)))
         accepted.append(chain.share(step, slots_M, drafted_M))
     return LossResult(
-        loss=weighted(losses, settings.decay),
+        loss=weighted(losses, [len(slots_M) for slots_M in slots], settings.decay),
         losses_K=torch.stack(losses).detach().float(),
         accuracy_K=torch.stack(accuracies).float(),
         accepted_K=torch.stack(accepted).float(),

@@ -47,7 +47,8 @@ class LossResult:
     """Loss with its gradient, and measures without.
 
     Attributes:
-        loss: scalar, sum of decay^k loss_k.
+        loss: scalar, the sum over steps of decay^k times the slots' losses, over the number of
+            roots (counted slots of step 0, whether or not the draft vocabulary covers them).
         losses_K: float32, detached.
         accuracy_K: float32, how often the draft's and the target's most likely tokens
             agree, over counted slots.
@@ -64,8 +65,8 @@ class LossResult:
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def weighted(losses: Sequence[torch.Tensor], decay: float) -> torch.Tensor:
-    """sum over k of decay^k loss_k; decay 0 leaves the first."""
+def weighted(losses: Sequence[torch.Tensor], counts: Sequence[int], decay: float) -> torch.Tensor:
+    """sum over k of decay^k (counts_k / counts_0) loss_k; decay 0 leaves the first."""
     losses_K = torch.stack(tuple(losses))
-    steps_K = torch.arange(len(losses), device=losses_K.device, dtype=losses_K.dtype)
-    return (losses_K * decay**steps_K).sum()
+    weights = [decay**step * count / max(1, counts[0]) for step, count in enumerate(counts)]
+    return (losses_K * losses_K.new_tensor(weights)).sum()
