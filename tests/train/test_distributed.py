@@ -1,20 +1,14 @@
 """Several processes: they equal one that reads the same step in as many parts."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.train import small
+from tests.train.processes import pair
 from vllm_eagle3.corpus import write_shard
 from vllm_eagle3.train.distributed import World
 from vllm_eagle3.train.loader import Loader
@@ -41,40 +35,11 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "target", root / "data"
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@contextmanager
-def two_processes(paths: tuple[Path, Path], out: Path, *flags: str, **options: object) -> Iterator:
-    """Two that torchrun might have started, training."""
+def two(paths: tuple[Path, Path], out: Path, *flags: str, **options: object):
+    """Two processes that train."""
     target, data = map(str, paths)
-    command = [sys.executable, "-m", "vllm_eagle3.cli", "train", "--device", "cpu", *flags]
-    command += ["--target", target, "--data", data, "--out", str(out)]
-    command += [f"--{k.replace('_', '-')}={v}" for k, v in (OPTIONS | options).items()]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def ended(processes: list[subprocess.Popen], code: int = 0) -> None:
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [code, code], outputs
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in (OPTIONS | options).items()]
+    return pair(["--target", target, "--data", data, "--out", str(out), *flags, *given], out)
 
 
 def entries(out: Path, event: str) -> list[dict]:
@@ -102,41 +67,42 @@ def assert_heads_alike(one: Path, other: Path) -> None:
 def test_two_processes_train_the_same_head_as_one_and_one_goes_on_from_them(
     paths: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    with two_processes(paths, two, accumulate=2) as processes:
-        train(*paths, one, TrainConfig(**OPTIONS, accumulate=4), "cpu")
-        ended(processes)
-    assert_steps_alike(one, two)
-    assert_heads_alike(one, two)
-    assert len(state(two)["random"]) == 2
+    alone, together = tmp_path / "one", tmp_path / "two"
+    with two(paths, together, accumulate=2) as both:
+        train(*paths, alone, TrainConfig(**OPTIONS, accumulate=4), "cpu")
+        both.end()
+    assert_steps_alike(alone, together)
+    assert_heads_alike(alone, together)
+    assert len(state(together)["random"]) == 2
     longer = OPTIONS | {"steps": 6}
     with pytest.raises(ValueError, match="give --accumulate 4"):
-        train(*paths, two, TrainConfig(**longer), "cpu", resume=True)
-    for out in (one, two):
+        train(*paths, together, TrainConfig(**longer), "cpu", resume=True)
+    for out in (alone, together):
         train(*paths, out, TrainConfig(**longer, accumulate=4), "cpu", resume=True)
-    assert_steps_alike(one, two)
-    assert_heads_alike(one, two)
-    (noted,) = entries(two, "other processes")
+    assert_steps_alike(alone, together)
+    assert_heads_alike(alone, together)
+    (noted,) = entries(together, "other processes")
     assert (noted["step"], noted["before"], noted["now"]) == (4, 2, 1)
 
 
 def test_a_sharded_target_gives_the_same_losses_and_predictions(
     paths: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
+    alone, together = tmp_path / "one", tmp_path / "two"
     # One epoch to its end, where one of the two has nothing left to read.
     options = {"steps": 100, "epochs": 1, "eval_documents": 2, "eval_chain": 2}
     flags = ("--shard-target", "--no-packing", "--eval-tree", "6", "2", "4")
-    with two_processes(paths, two, *flags, **options) as processes:
+    with two(paths, together, *flags, **options) as both:
         settings = OPTIONS | options | {"eval_tree": (6, 2, 4), "packing": False}
-        train(*paths, one, TrainConfig(**settings, accumulate=2), "cpu")
-        ended(processes)
-    assert_steps_alike(one, two)
-    tokens = [json.loads((out / "training.json").read_text())["tokens_seen"] for out in (one, two)]
-    assert tokens[0] == tokens[1] < 512 * 2 * len(entries(one, "step"))
-    held = [entries(out, "start")[0]["target_parameters"] for out in (one, two)]
+        train(*paths, alone, TrainConfig(**settings, accumulate=2), "cpu")
+        both.end()
+    assert_steps_alike(alone, together)
+    facts = [json.loads((out / "training.json").read_text()) for out in (alone, together)]
+    assert facts[0]["tokens_seen"] == facts[1]["tokens_seen"]
+    assert facts[0]["tokens_seen"] < 2 * 512 * facts[0]["steps"]
+    held = [entries(out, "start")[0]["target_parameters"] for out in (alone, together)]
     assert held[1] < 0.7 * held[0]
-    predicted = [entries(out, "evaluation")[-1]["predicted"] for out in (one, two)]
+    predicted = [entries(out, "evaluation")[-1]["predicted"] for out in (alone, together)]
     for name, prediction in predicted[0].items():
         assert predicted[1][name]["roots"] == prediction["roots"] > 0
         assert predicted[1][name]["tau"] == pytest.approx(prediction["tau"], rel=1e-3)
@@ -153,23 +119,23 @@ def test_a_signal_ends_both_after_the_same_step_and_both_go_on_bit_by_bit(
     # A loss with noise, of which each process draws its own.
     options = {"objective": "eagle1", "steps": 40, "epochs": 40}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    with two_processes(paths, whole, **options) as processes:
-        ended(processes)
-    with two_processes(paths, broken, **options) as processes:
+    with two(paths, whole, **options) as both:
+        both.end()
+    with two(paths, broken, **options) as both:
         log, deadline = broken / "training_log.jsonl", time.monotonic() + 60
         while not log.is_file() or '"step"' not in log.read_text():
             assert time.monotonic() < deadline
-            assert processes[0].poll() is None
+            assert both.alive
             time.sleep(0.02)
-        for process in (*processes, *processes):  # as torchrun passes on a Ctrl-C
-            process.send_signal(signal.SIGINT)
-        ended(processes, 130)
+        both.interrupt()
+        both.interrupt()  # as torchrun passes on what the terminal has sent
+        both.end(130)
     saved = state(broken)
     assert 0 < saved["progress"]["step"] == entries(broken, "interrupted")[-1]["step"] < 40
     first, second = (states["torch"] for states in saved["random"])
     assert not torch.equal(first, second)
-    with two_processes(paths, broken, "--resume", **options) as processes:
-        ended(processes)
+    with two(paths, broken, "--resume", **options) as both:
+        both.end()
     for name, weight in state(whole)["head"].items():
         assert torch.equal(state(broken)["head"][name], weight), name
     assert_steps_alike(whole, broken, rel=0)
