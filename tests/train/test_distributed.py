@@ -68,7 +68,7 @@ def test_two_processes_train_the_same_head_as_one_and_one_goes_on_from_them(
     paths: tuple[Path, Path], tmp_path: Path
 ) -> None:
     alone, together = tmp_path / "one", tmp_path / "two"
-    with two(paths, together, accumulate=2) as both:
+    with two(paths, together, "--recompute", accumulate=2) as both:
         train(*paths, alone, TrainConfig(**OPTIONS, accumulate=4), "cpu")
         both.end()
     assert_steps_alike(alone, together)

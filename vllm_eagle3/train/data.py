@@ -64,12 +64,25 @@ def split_held_out(
     return [documents[i] for i in order[num_held_out:]], held_out
 
 
-def check_tokens(documents: Sequence[Document], vocab_size: int) -> None:
-    """Refuse data that another target's tokenizer wrote.
+def check_documents(
+    documents: Sequence[Document], vocab_size: int, max_length: int, max_positions: int
+) -> None:
+    """Refuse what the target cannot read.
+
+    Args:
+        max_length: where documents are cut.
+        max_positions: of the target.
 
     Raises:
-        ValueError: a token id is outside of the target's vocabulary.
+        ValueError: a token id is outside of the target's vocabulary (another target's tokenizer
+            wrote it), or a document is longer than the target's context.
     """
+    longest = min(max_length, max(len(document.tokens) for document in documents))
+    if longest > max_positions:
+        raise ValueError(
+            f"a document has {longest} tokens, the target's context ends at {max_positions}: give "
+            f"--max-length {max_positions}, which cuts it"
+        )
     highest = max(int(document.tokens.max(initial=0)) for document in documents)
     if highest >= vocab_size:
         raise ValueError(

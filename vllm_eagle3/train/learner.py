@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vllm_eagle3.corpus import Document
-from vllm_eagle3.train.data import TokenBatch, check_tokens
+from vllm_eagle3.train.data import TokenBatch, check_documents
 from vllm_eagle3.train.distributed import World, syncing
 from vllm_eagle3.train.features import FeatureBatch, Target, load_target
 from vllm_eagle3.train.loader import StepBatches
@@ -66,7 +66,8 @@ class Learner:
             world.shard_layers(model, device)
         model.to(device)
         head_config = self.objective.head_config(model.config, config.draft_vocab_size)
-        check_tokens(documents, head_config.vocab_size)
+        limits = config.max_length, head_config.max_position_embeddings
+        check_documents(documents, head_config.vocab_size, *limits)
         self.target = Target(model, head_config.aux_layer_ids)
         ids, self.coverage = frequent_tokens(
             documents,

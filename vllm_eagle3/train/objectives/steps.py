@@ -1,11 +1,18 @@
 """The draft steps of one batch, with their activations kept or computed again.
 
-Without recomputation a step keeps some twenty tensors of the hidden size for each token, among
-them three of the MLP's. With it (gradient checkpointing, arXiv 1604.06174) a step keeps its
-input, its output, and the keys and values that later steps attend to; the backward pass runs
-the step once more, attention included. Results are the same bit by bit.
+Without recomputation a step keeps every activation of the layer, among them three of the MLP's
+size. With it (gradient checkpointing, arXiv 1604.06174) a step keeps its input, and the keys and
+values that later steps attend to; the backward pass runs the step once more, attention
+included. Results are the same bit by bit.
 
-Shape suffixes: B rows, T slots, H hidden size.
+All of it grows with the first power of the length: what is kept of K steps is, for each token,
+K (3 H + 2 N D) elements (with the two copies of the rows before the output matrix) and the
+target's F features and V logits. A head for Llama-3.1-8B (H = N D = 4096, F = 3 H, V = 32000,
+K = 7) keeps about 0.37 MiB for a token in bfloat16, 6 GiB for 16384; one step's own activations,
+which are there once, take another 3.
+
+Shape suffixes: B rows, T slots, N query heads, D head dimension, H hidden size, F captured
+features, V draft vocabulary.
 """
 
 import torch
