@@ -80,7 +80,7 @@ def test_the_command_measures_both_in_processes_of_their_own(
     assert out.with_suffix(".md").read_text() in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["packed, recomputed", "padded"])
+@pytest.mark.parametrize("name", ["recomputed", "padded"])
 def test_the_other_sides_are_settings_of_the_trainer(paths: tuple[Path, Path], name: str) -> None:
     config = SETTINGS | SIDES[name]
     assert measure(Job(str(paths[0]), paths[1], config, "cpu", 0, 1, None))["tokens"] > 0

@@ -25,7 +25,7 @@ from vllm_eagle3.files import replacing
 # Changes of the settings; None is the loop of train_naive.py.
 SIDES: dict[str, dict[str, Any] | None] = {
     "packed": {"packing": True},
-    "packed, recomputed": {"packing": True, "recompute": True},
+    "recomputed": {"packing": True, "recompute": True},
     "padded": {"packing": False},
     "naive": None,
 }
@@ -164,9 +164,8 @@ def _steps(job: Job, device: Any) -> Iterator[tuple[int, int]]:
     sample = Loader(documents, replace(config, packing=False), World()).first()
     learner.initialise(sample.to(device))
     if job.naive_rows is not None:
-        yield from train_naive.steps(
-            learner, documents, job.naive_rows, config.max_length, config.batch_tokens
-        )
+        sizes = job.naive_rows, config.max_length, config.batch_tokens
+        yield from train_naive.steps(learner, documents, *sizes)  # without end
     for batches in loader.steps(0, device):
         learner.optimise(batches, progress=0.5)
         written = sum(int(batch.assistant_BT.sum()) for batch, _ in batches.parts)

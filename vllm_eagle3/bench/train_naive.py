@@ -78,23 +78,16 @@ def loss(
     features = torch.cat([output.hidden_states[i] for i in learner.target.aux_layer_ids], -1)
     target_BTV = output.logits[..., head.draft_token_ids].float().softmax(-1)
     covered_BT = head.t2d[output.logits.argmax(-1)]
-    T = tokens_BT.shape[1]
-    positions_1T = torch.arange(T, device=tokens_BT.device).unsqueeze(0)
+    positions_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).unsqueeze(0)
     attend, hidden = _Attention(), head.fuse(features)
     total = torch.zeros((), device=tokens_BT.device)
     for step in range(settings.num_steps):
-
-        def later(x: torch.Tensor, by: int) -> torch.Tensor:
-            """x[:, t + by] at slot t, zeros behind the end."""
-            padding = (0, 0) * (x.dim() - 2) + (0, min(by, T))
-            return F.pad(x[:, by:], padding)
-
-        out = head.step(later(tokens_BT, 1 + step), hidden, positions_1T + step, attend)
+        out = head.step(_later(tokens_BT, 1 + step), hidden, positions_1T + step, attend)
         hidden = head.feedback(out)
         log_q_BTV = head.logits(out).float().log_softmax(-1)
-        counted_BT = later(assistant_BT, 1) & later(assistant_BT, 2 + step)
-        counted_BT &= later(covered_BT, 1 + step)
-        losses_BT = -(later(target_BTV, 1 + step) * log_q_BTV).sum(-1)
+        counted_BT = _later(assistant_BT, 1) & _later(assistant_BT, 2 + step)
+        counted_BT &= _later(covered_BT, 1 + step)
+        losses_BT = -(_later(target_BTV, 1 + step) * log_q_BTV).sum(-1)
         total = total + settings.decay**step * (losses_BT * counted_BT).sum()
     return total / num_roots(assistant_BT)
 
@@ -102,6 +95,11 @@ def loss(
 def num_roots(assistant_BT: torch.Tensor) -> int:
     """Slots whose root and first predicted token are the assistant's; at least 1."""
     return max(1, int((assistant_BT[:, 1:-1] & assistant_BT[:, 2:]).sum()))
+
+
+def _later(x: torch.Tensor, by: int) -> torch.Tensor:
+    """x[:, t + by] at slot t, zeros behind the end."""
+    return F.pad(x[:, by:], (0, 0) * (x.dim() - 2) + (0, min(by, x.shape[1])))
 
 
 class _Attention:

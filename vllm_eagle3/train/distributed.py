@@ -60,10 +60,9 @@ class World:
         return bool(self.sum_(torch.tensor(float(flag), device=device)) > 0)
 
     def replicate(self, module: nn.Module) -> nn.Module:
-        """``module`` with the main process's weights, and its gradients summed over processes.
+        """``module`` with the main process's weights; a backward pass averages its gradients.
 
-        DistributedDataParallel divides a sum by the number of processes, which a loss that is
-        to be summed must make up for.
+        Losses that are to be added up over processes must be multiplied by their number.
         """
         if self.size == 1:
             return module
@@ -90,7 +89,7 @@ class World:
 
 
 def syncing(module: nn.Module, active: bool) -> AbstractContextManager:
-    """Forward and backward with gradients summed over processes, or only added up here."""
+    """For a forward and backward: average gradients over processes, or only add them up here."""
     if active or not isinstance(module, DistributedDataParallel):
         return nullcontext()
     return module.no_sync()
