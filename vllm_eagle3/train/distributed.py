@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+# What torch 2.13 calls ``broadcast_buffers`` in every forward.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 # The others wait while the main process evaluates and writes.
 _PATIENCE = timedelta(hours=2)
 
@@ -66,9 +73,11 @@ class World:
         """
         if self.size == 1:
             return module
-        # No buffer changes in training, and the target's embedding is one.
+        # Once: no buffer changes in training, and the target's embedding is one.
+        for buffer in module.buffers():
+            self.from_main_(buffer)
         return DistributedDataParallel(
-            module, broadcast_buffers=False, gradient_as_bucket_view=True
+            module, gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False}
         )
 
     def shard_layers(self, model: nn.Module, device: torch.device) -> None:
