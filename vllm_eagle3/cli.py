@@ -49,6 +49,12 @@ COMMANDS = (
         "train",
     ),
     Command(
+        ("data", "convert"),
+        "vllm_eagle3.data.convert",
+        "conversations that the target has answered already, as training data",
+        "train",
+    ),
+    Command(
         ("data", "analyse"),
         "vllm_eagle3.data.analyse",
         "what is in training data, and does it resemble your traffic?",
@@ -92,6 +98,12 @@ COMMANDS = (
         ("bench", "attention"),
         "vllm_eagle3.bench.attention",
         "attention to trees beside FlashAttention 3 on chains",
+    ),
+    Command(
+        ("bench", "train"),
+        "vllm_eagle3.bench.train",
+        "tokens per second and peak memory of training, beside a naive loop",
+        "train",
     ),
     Command(
         ("bench", "widen"),

@@ -8,7 +8,6 @@ A shard is one safetensors file of D documents and T tokens:
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from vllm_eagle3.files import replacing
 
 METADATA_FILE = "metadata.json"
 
@@ -29,7 +30,11 @@ class Document:
 
 
 def write_shard(path: Path, documents: Sequence[Document]) -> None:
-    """Write a shard; ``path`` never holds half of one."""
+    """Write a shard; ``path`` never holds half of one.
+
+    Raises:
+        ValueError: the disk is full or not writable.
+    """
     from safetensors.numpy import save_file
 
     lengths = [len(document.tokens) for document in documents]
@@ -38,12 +43,8 @@ def write_shard(path: Path, documents: Sequence[Document]) -> None:
         "offsets": np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
         "assistant": np.concatenate([d.assistant for d in documents]).astype(np.uint8),
     }
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as scratch:
         save_file(arrays, scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)  # of a write that a full disk ended
 
 
 def read_shard(path: Path) -> list[Document]:
@@ -93,7 +94,10 @@ def shard_paths(data_dir: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace ``path`` in one step."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(scratch, path)
+    """Replace ``path`` in one step.
+
+    Raises:
+        ValueError: the disk is full or not writable; ``path`` is as it was.
+    """
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(content, indent=2) + "\n")

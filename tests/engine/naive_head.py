@@ -101,7 +101,7 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def write_head(path: pathlib.Path, target_path: pathlib.Path, objective: Objective) -> NaiveHead:
     """A random head as training with this objective exports it, written to ``path``."""
-    model = load_target(target_path, torch.device("cpu"), torch.float32)
+    model = load_target(target_path, torch.float32)
     config = objective.head_config(model.config, DRAFTED)
     target = Target(model, config.aux_layer_ids)
     generator = torch.Generator().manual_seed(1)

@@ -95,7 +95,7 @@ def write_easy_pair(root: Path) -> tiny.Pair:
     The target's layers add nothing, so that its feature is the normed embedding of the token;
     the head takes the embedding, disturbed, for its prediction of the next feature.
     """
-    model = load_target(tiny.write_target(root / "target"), torch.device("cpu"), torch.float32)
+    model = load_target(tiny.write_target(root / "target"), torch.float32)
     silence(model)
     model.save_pretrained(root / "target")
     naive = write_head(root / "head", root / "target", OBJECTIVES["eagle1"])

@@ -83,7 +83,7 @@ def test_the_best_first_token_is_vllms_first_draft(engines, texts, stock_drafts,
 
 
 def naive_head(pair: tiny.Pair) -> NaiveHead:
-    model = load_target(pair.target, torch.device("cpu"), torch.float32)
+    model = load_target(pair.target, torch.float32)
     tensors = load_file(pair.head / "model.safetensors")
     config = HeadConfig.from_target(model.config, len(tensors["d2t"]))
     target = Target(model, config.aux_layer_ids)

@@ -36,8 +36,10 @@ class Result:
         ]
 
     def loss(self, settings: LossSettings) -> torch.Tensor:
-        losses = self.losses(settings)
-        return sum(settings.decay**step * loss for step, loss in enumerate(losses))
+        """Every slot with the same weight: sums over slots, divided by the roots."""
+        parts = zip(self.losses(settings), self.compared, strict=True)
+        sums = [loss * count for loss, count in parts]
+        return sum(settings.decay**step * total for step, total in enumerate(sums)) / self.roots
 
 
 def objective(

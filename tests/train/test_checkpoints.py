@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.train import small
+from vllm_eagle3 import files
 from vllm_eagle3.train import checkpoints
 from vllm_eagle3.train.checkpoints import Progress
 from vllm_eagle3.train.settings import TrainConfig
@@ -35,7 +36,7 @@ class Run:
         return checkpoints.load(self.out_dir, config, self.head, self.optimizer, processes)
 
 
-def files(folder: Path) -> list[str]:
+def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -60,7 +61,7 @@ def test_the_last_two_states_are_kept(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for step in (1, 2, 3):
         run.save(step)
-    assert files(tmp_path) == ["training_state.previous.pt", "training_state.pt"]
+    assert names(tmp_path) == ["training_state.previous.pt", "training_state.pt"]
     assert run.load()[0].step == 3
 
 
@@ -90,10 +91,12 @@ def test_a_full_disk_leaves_the_states_as_they_were(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "fsync", full)
-        with pytest.raises(ValueError, match=r"step 3 could not be written.*No space left"):
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(
+            ValueError, match=r"training_state\.pt could not be written.*No space left.*of step 3"
+        ):
             run.save(3)
-    assert files(tmp_path) == ["training_state.previous.pt", "training_state.pt"]
+    assert names(tmp_path) == ["training_state.previous.pt", "training_state.pt"]
     assert run.load()[0].step == 2
 
 
@@ -102,7 +105,7 @@ def test_a_process_killed_between_the_renames_loses_nothing(
 ) -> None:
     run = Run(tmp_path)
     run.save(1)
-    replace, calls = checkpoints.os.replace, []
+    replace, calls = files.os.replace, []
 
     def killed_at_the_second(source: Path, target: Path) -> None:
         calls.append(target)
@@ -111,7 +114,7 @@ def test_a_process_killed_between_the_renames_loses_nothing(
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "replace", killed_at_the_second)
+        patch.setattr(files.os, "replace", killed_at_the_second)
         with pytest.raises(KeyboardInterrupt):
             run.save(2)
     assert run.load()[0].step == 1
@@ -123,8 +126,8 @@ def test_a_process_killed_between_the_renames_loses_nothing(
     ("config", "processes", "message"),
     [
         (TrainConfig(draft_vocab_size=64, seed=1), 1, "another seed"),
-        (TrainConfig(draft_vocab_size=64, accumulate=2), 1, "another accumulate"),
-        (CONFIG, 2, "1 processes, this run has 2"),
+        (TrainConfig(draft_vocab_size=64, accumulate=2), 1, "give --accumulate 1"),
+        (CONFIG, 2, "use 1 processes with --accumulate 1"),
     ],
 )
 def test_a_state_of_another_run_is_refused(
@@ -141,6 +144,22 @@ def test_what_a_remedy_changes_is_accepted(tmp_path: Path) -> None:
     run.save(1)
     lower = TrainConfig(draft_vocab_size=64, learning_rate=1e-5, clip=0.1, save_every=7)
     assert run.load(lower)[0].step == 1
+
+
+def test_other_processes_may_go_on_if_they_read_a_step_in_as_many_parts(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    checkpoints.save(
+        tmp_path,
+        TrainConfig(draft_vocab_size=64, accumulate=2),
+        *(run.head, run.optimizer, Progress(5, 50, 1.0)),
+        [checkpoints.random_state(CPU)] * 2,
+    )
+    for processes, accumulate in ((1, 4), (2, 2), (4, 1)):
+        config = TrainConfig(draft_vocab_size=64, accumulate=accumulate)
+        progress, states = run.load(config, processes)
+        assert (progress.step, len(states)) == (5, 2)
+    with pytest.raises(ValueError, match=r"2 processes with accumulate=2.*give --accumulate 4"):
+        run.load(CONFIG, 1)
 
 
 def test_no_state_says_so(tmp_path: Path) -> None:

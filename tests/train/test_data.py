@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from tests.train import small
 from vllm_eagle3.corpus import Document, read_corpus, read_shard, write_shard
-from vllm_eagle3.train.data import epoch_batches, split_held_out
+from vllm_eagle3.train.data import check_documents, epoch_batches, split_held_out
 from vllm_eagle3.train.vocabulary import frequent_tokens
 
 
@@ -52,6 +52,15 @@ def test_held_out_documents_are_not_trained_on() -> None:
     training, held_out = split_held_out(documents, 0.2, seed=0)
     assert (len(training), len(held_out)) == (40, 10)
     assert contents(training + held_out) == contents(documents)
+
+
+def test_documents_longer_than_the_targets_context_are_refused_unless_cut() -> None:
+    documents = [Document(np.arange(300), np.ones(300, bool)), *small.documents(2)]
+    with pytest.raises(ValueError, match=r"300 tokens.*--max-length 256"):
+        check_documents(documents, 1000, max_length=2048, max_positions=256)
+    check_documents(documents, 1000, max_length=256, max_positions=256)
+    with pytest.raises(ValueError, match="written for another target"):
+        check_documents(documents, 299, max_length=256, max_positions=256)
 
 
 def test_shards_read_back_and_a_truncated_one_is_refused(tmp_path: Path) -> None:

@@ -1,16 +1,14 @@
-"""Two processes equal one that reads the same step in two parts."""
+"""Several processes: they equal one that reads the same step in as many parts."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.train import small
+from tests.train.processes import pair
 from vllm_eagle3.corpus import write_shard
 from vllm_eagle3.train.distributed import World
 from vllm_eagle3.train.loader import Loader
@@ -27,58 +25,120 @@ OPTIONS = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A target and data."""
+    root = tmp_path_factory.mktemp("distributed")
+    small.llama().save_pretrained(root / "target")
+    (root / "data").mkdir()
+    write_shard(root / "data" / "shard-00-00000.safetensors", small.documents(120))
+    return root / "target", root / "data"
 
 
-def steps_of(out: Path) -> list[dict]:
-    entries = map(json.loads, (out / "training_log.jsonl").read_text().splitlines())
-    kept = ("step", "loss", "losses", "accuracy", "accepted", "grad_norm")
-    return [{name: e[name] for name in kept} for e in entries if e["event"] == "step"]
+def two(paths: tuple[Path, Path], out: Path, *flags: str, **options: object):
+    """Two processes that train."""
+    target, data = map(str, paths)
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in (OPTIONS | options).items()]
+    return pair(["--target", target, "--data", data, "--out", str(out), *flags, *given], out)
 
 
-def test_two_processes_train_the_same_head_as_one(tmp_path: Path) -> None:
-    small.llama().save_pretrained(tmp_path / "target")
-    (tmp_path / "data").mkdir()
-    write_shard(tmp_path / "data" / "shard-00-00000.safetensors", small.documents(120))
-    command = [sys.executable, "-m", "vllm_eagle3.cli", "train"]
-    command += ["--target", str(tmp_path / "target"), "--data", str(tmp_path / "data")]
-    command += ["--out", str(tmp_path / "two"), "--device", "cpu"]
-    command += [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-    # What torchrun sets.
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        paths = tmp_path / "target", tmp_path / "data"
-        train(*paths, tmp_path / "one", TrainConfig(**OPTIONS, accumulate=2), "cpu")
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    alone, together = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
-    assert len(alone) == len(together) == 4
-    for one, two in zip(alone, together, strict=True):
-        for name, value in one.items():
-            assert two[name] == pytest.approx(value, rel=1e-3), name
-    states = [
-        torch.load(tmp_path / name / "training_state.pt", weights_only=True)
-        for name in ("one", "two")
-    ]
-    for name, weight in states[0]["head"].items():
-        torch.testing.assert_close(states[1]["head"][name], weight, msg=name)
-    assert len(states[1]["random"]) == 2
+def entries(out: Path, event: str) -> list[dict]:
+    lines = map(json.loads, (out / "training_log.jsonl").read_text().splitlines())
+    return [entry for entry in lines if entry["event"] == event]
+
+
+def assert_steps_alike(one: Path, other: Path, rel: float = 1e-3) -> None:
+    pairs = list(zip(entries(one, "step"), entries(other, "step"), strict=True))
+    assert len(pairs) >= 4
+    for a, b in pairs:
+        for name in ("step", "loss", "losses", "accuracy", "accepted", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=rel), name
+
+
+def state(out: Path) -> dict:
+    return torch.load(out / "training_state.pt", weights_only=True)
+
+
+def assert_heads_alike(one: Path, other: Path) -> None:
+    for name, weight in state(one)["head"].items():
+        torch.testing.assert_close(state(other)["head"][name], weight, msg=name)
+
+
+def test_two_processes_train_the_same_head_as_one_and_one_goes_on_from_them(
+    paths: tuple[Path, Path], tmp_path: Path
+) -> None:
+    alone, together = tmp_path / "one", tmp_path / "two"
+    with two(paths, together, "--recompute", accumulate=2) as both:
+        train(*paths, alone, TrainConfig(**OPTIONS, accumulate=4), "cpu")
+        both.end()
+    assert_steps_alike(alone, together)
+    assert_heads_alike(alone, together)
+    assert len(state(together)["random"]) == 2
+    longer = OPTIONS | {"steps": 6}
+    with pytest.raises(ValueError, match="give --accumulate 4"):
+        train(*paths, together, TrainConfig(**longer), "cpu", resume=True)
+    for out in (alone, together):
+        train(*paths, out, TrainConfig(**longer, accumulate=4), "cpu", resume=True)
+    assert_steps_alike(alone, together)
+    assert_heads_alike(alone, together)
+    (noted,) = entries(together, "other processes")
+    assert (noted["step"], noted["before"], noted["now"]) == (4, 2, 1)
+
+
+def test_a_sharded_target_gives_the_same_losses_and_predictions(
+    paths: tuple[Path, Path], tmp_path: Path
+) -> None:
+    alone, together = tmp_path / "one", tmp_path / "two"
+    # One epoch to its end, where one of the two has nothing left to read.
+    options = {"steps": 100, "epochs": 1, "eval_documents": 2, "eval_chain": 2}
+    flags = ("--shard-target", "--no-packing", "--eval-tree", "6", "2", "4")
+    with two(paths, together, *flags, **options) as both:
+        settings = OPTIONS | options | {"eval_tree": (6, 2, 4), "packing": False}
+        train(*paths, alone, TrainConfig(**settings, accumulate=2), "cpu")
+        both.end()
+    assert_steps_alike(alone, together)
+    facts = [json.loads((out / "training.json").read_text()) for out in (alone, together)]
+    assert facts[0]["tokens_seen"] == facts[1]["tokens_seen"]
+    assert facts[0]["tokens_seen"] < 2 * 512 * facts[0]["steps"]
+    held = [entries(out, "start")[0]["target_parameters"] for out in (alone, together)]
+    assert held[1] < 0.7 * held[0]
+    predicted = [entries(out, "evaluation")[-1]["predicted"] for out in (alone, together)]
+    for name, prediction in predicted[0].items():
+        assert predicted[1][name]["roots"] == prediction["roots"] > 0
+        assert predicted[1][name]["tau"] == pytest.approx(prediction["tau"], rel=1e-3)
+
+
+def test_a_target_is_not_sharded_over_one_process(paths: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="use torchrun"):
+        train(*paths, tmp_path, TrainConfig(**OPTIONS, shard_target=True), "cpu")
+
+
+def test_a_signal_ends_both_after_the_same_step_and_both_go_on_bit_by_bit(
+    paths: tuple[Path, Path], tmp_path: Path
+) -> None:
+    # A loss with noise, of which each process draws its own.
+    options = {"objective": "eagle1", "steps": 40, "epochs": 40}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    with two(paths, whole, **options) as both:
+        both.end()
+    with two(paths, broken, **options) as both:
+        log, deadline = broken / "training_log.jsonl", time.monotonic() + 60
+        while not log.is_file() or '"step"' not in log.read_text():
+            assert time.monotonic() < deadline
+            assert both.alive
+            time.sleep(0.02)
+        both.interrupt()
+        both.interrupt()  # as torchrun passes on what the terminal has sent
+        both.end(130)
+    saved = state(broken)
+    assert 0 < saved["progress"]["step"] == entries(broken, "interrupted")[-1]["step"] < 40
+    first, second = (states["torch"] for states in saved["random"])
+    assert not torch.equal(first, second)
+    with two(paths, broken, "--resume", **options) as both:
+        both.end()
+    for name, weight in state(whole)["head"].items():
+        assert torch.equal(state(broken)["head"][name], weight), name
+    assert_steps_alike(whole, broken, rel=0)
 
 
 def test_every_batch_is_read_by_one_process_and_shares_add_up() -> None:
@@ -97,7 +157,10 @@ def test_every_batch_is_read_by_one_process_and_shares_add_up() -> None:
         tokens = sum(b.tokens_BT.numel() for part in parts for b, _ in part.parts)
         assert {part.num_tokens for part in parts} == {tokens}
     for part in (p for r in ranks for p in r):
-        seen += sum(int(b.assistant_BT.sum()) for b, _ in part.parts)
+        seen += sum(int(b.assistant_BT.sum()) for b, share in part.parts if share)
+    last = [r[-1].parts for r in ranks]
+    assert len({len(parts) for parts in last}) == 1
+    assert sum(share for parts in last for _, share in parts) == pytest.approx(1)
     assert seen == 2 * sum(int(d.assistant.sum()) for d in documents)
     later = steps(1, 3, start=2)
     for (a, _), (b, _) in zip(later[0].parts, ranks[1][2].parts, strict=True):

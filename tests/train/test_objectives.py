@@ -7,7 +7,10 @@ import torch
 
 from tests.train import naive, small
 from vllm_eagle3.train.data import epoch_batches
+from vllm_eagle3.train.distributed import World
+from vllm_eagle3.train.loader import Loader
 from vllm_eagle3.train.objectives import OBJECTIVES, LossSettings, Objective
+from vllm_eagle3.train.settings import TrainConfig
 
 NAMES = list(OBJECTIVES)
 # Of each objective: what keeps the definition affordable, and shows every term.
@@ -53,6 +56,32 @@ def test_losses_gradients_and_measures_equal_the_definition(name: str) -> None:
     assert (result.accuracy_K * counts_K).round().tolist() == expected.agreeing
     assert (result.accepted_K * expected.roots).round().tolist() == expected.accepted
     assert min(expected.compared) > 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shares_of_a_loader_make_parts_the_loss_of_the_whole(name: str) -> None:
+    """However unlike the parts are: in lengths, in what the assistant wrote, in coverage."""
+    objective = OBJECTIVES[name]
+    target, head = small.head_for(objective, torch.float64)
+    given = small.documents(8, longest=30)
+    config = TrainConfig(batch_tokens=8 * 64, accumulate=4, max_length=64, packing=False)
+    (step,) = Loader(given, replace(config, epochs=1), World()).steps(0, torch.device("cpu"))
+    assert len(step.parts) > 2
+    whole = next(epoch_batches(given, 8 * 64, 64, seed=0))
+    settings = settings_of(objective)
+
+    def loss(batch) -> torch.Tensor:
+        return objective.loss(head, objective.read(target, batch, head), settings).loss
+
+    weights = list(head.parameters())
+    total = sum(share * loss(batch) for batch, share in step.parts)
+    torch.testing.assert_close(total, loss(whole), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(total, weights),
+        torch.autograd.grad(loss(whole), weights),
+        rtol=1e-9,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

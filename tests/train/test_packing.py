@@ -11,7 +11,7 @@ from vllm_eagle3.corpus import Document
 from vllm_eagle3.train.data import epoch_batches
 from vllm_eagle3.train.features import Target
 from vllm_eagle3.train.objectives import OBJECTIVES
-from vllm_eagle3.train.packing import Packing, packed_batches
+from vllm_eagle3.train.packing import packed_batches
 
 
 def documents() -> list[Document]:
@@ -34,15 +34,12 @@ def test_losses_and_gradients_are_those_of_padded_documents(name: str, attention
     torch.manual_seed(0)
     ids = torch.arange(0, small.VOCABULARY)[: config.draft_vocab_size]
     head = objective.make_head(config, target, ids).double()
-    packing = Packing(model.model, head)
     (padded,) = epoch_batches(documents(), 64 * 64, 64, seed=0)
     (packed,) = packed_batches(documents(), 64 * 64, 64, steps, seed=0)
     assert packed.tokens_BT.numel() < 0.6 * padded.tokens_BT.numel()
 
     def measure(batch):
-        with packing.of(batch):
-            read = objective.read(target, batch, head)
-            result = objective.loss(head, read, settings)
+        result = objective.loss(head, objective.read(target, batch, head), settings)
         used = [w for w in head.parameters() if w.requires_grad]
         return result, torch.autograd.grad(result.loss, used)
 

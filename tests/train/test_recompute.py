@@ -1,30 +1,66 @@
-"""Recomputed activations are not kept, and change nothing."""
+"""What a step of training holds: recomputed activations are not kept, and nothing is T x T."""
 
+from dataclasses import replace
+
+import numpy as np
+import pytest
 import torch
 
 from tests.train import small
-from vllm_eagle3.train.data import epoch_batches
-from vllm_eagle3.train.objectives import LossSettings
-from vllm_eagle3.train.objectives.eagle3 import ttt_loss
-from vllm_eagle3.train.recompute import recompute_mlps
+from tests.train.allocations import Allocations
+from vllm_eagle3.corpus import Document
+from vllm_eagle3.train.data import TokenBatch, epoch_batches
+from vllm_eagle3.train.objectives import OBJECTIVES
+from vllm_eagle3.train.packing import packed_batches
 
 
-def kept_and_gradients(recompute: bool) -> tuple[int, tuple[torch.Tensor, ...]]:
-    target, head = small.pair(torch.float32)
-    if recompute:
-        recompute_mlps(head)
-    tokens = next(epoch_batches(small.documents(6), 6 * 64, 64, seed=0))
-    batch = target.read(tokens, head.draft_token_ids, head.t2d)
-    sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: (sizes.append(x.numel()), x)[1], lambda x: x
-    ):
-        result = ttt_loss(head, batch, LossSettings(3))
-    return sum(sizes), torch.autograd.grad(result.loss, list(head.parameters()))
+def long_batch(length: int, packing: bool) -> TokenBatch:
+    """One row: of two documents if packed, else of one."""
+    sizes = (length // 2, length // 2 - 8) if packing else (length,)
+    rows = [np.arange(size) % small.VOCABULARY for size in sizes]
+    given = [Document(tokens, np.arange(len(tokens)) > 4) for tokens in rows]
+    if packing:
+        return next(packed_batches(given, length, length, num_steps=4, seed=0))
+    return next(epoch_batches(given, length, length, seed=0))
 
 
-def test_gradients_are_the_same_bit_by_bit_with_less_kept() -> None:
-    kept, gradients = kept_and_gradients(False)
-    fewer, same = kept_and_gradients(True)
-    assert fewer < 0.9 * kept
+def peak_and_gradients(
+    name: str, batch: TokenBatch, recompute: bool
+) -> tuple[int, tuple[torch.Tensor, ...]]:
+    """Most bytes of all tensors in forward and backward, and the gradients."""
+    objective = OBJECTIVES[name]
+    target, head = small.head_for(objective, torch.float32)
+    head.eval()  # no noise
+    settings = replace(objective.settings, num_steps=6, decay=0.8, recompute=recompute)
+    read = objective.read(target, batch, head)
+    with Allocations() as allocated:
+        loss = objective.loss(head, read, settings).loss
+        gradients = torch.autograd.grad(loss, list(head.parameters()))
+    return allocated.peak, gradients
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradients_are_the_same_bit_by_bit_in_less_memory(name: str, packing: bool) -> None:
+    batch = long_batch(512, packing)
+    peak, gradients = peak_and_gradients(name, batch, False)
+    lower, same = peak_and_gradients(name, batch, True)
+    assert lower < 0.6 * peak
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("name", ["eagle3", "hass"])
+def test_no_tensor_grows_with_the_square_of_the_length(name: str, packing: bool) -> None:
+    """Neither a mask nor scores, in target, head, loss or the gradient of these."""
+    objective = OBJECTIVES[name]
+    target, head = small.head_for(objective, torch.float32)
+    settings = replace(objective.settings, num_steps=4)
+    largest = {}
+    for length in (1024, 2048):
+        batch = long_batch(length, packing)
+        assert batch.tokens_BT.shape == (1, length)
+        with Allocations() as allocated:
+            objective.loss(head, objective.read(target, batch, head), settings).loss.backward()
+        largest[length] = allocated.largest
+    assert largest[2048] == pytest.approx(2 * largest[1024], rel=0.05)

@@ -18,7 +18,6 @@ from vllm_eagle3.train import trainer
 from vllm_eagle3.train.data import epoch_batches
 from vllm_eagle3.train.export import export, load_head
 from vllm_eagle3.train.learner import Learner
-from vllm_eagle3.train.model import HeadConfig, captured_layers
 from vllm_eagle3.train.objectives import OBJECTIVES, LossSettings
 from vllm_eagle3.train.objectives.eagle3 import ttt_loss
 from vllm_eagle3.train.trainer import TrainConfig, train
@@ -180,6 +179,25 @@ def test_every_objective_trains_resumes_and_is_written(
     assert OBJECTIVES[objective].title in (tmp_path / "README.md").read_text()
 
 
+def test_hass_may_begin_without_top_k_distillation(setup: Path, tmp_path: Path) -> None:
+    losses = {}
+    for share in (0.0, 0.5):
+        settings = CONFIG | {"objective": "hass", "top_k_from": share, "log_every": 1}
+        config = TrainConfig(**settings, steps=4)
+        train(setup / "target", setup / "data", tmp_path / str(share), config, "cpu")
+        losses[share] = [entry["loss"] for entry in log(tmp_path / str(share), "step")]
+    # Cross-entropy adds to the loss, in the second half alone.
+    assert losses[0.5][0] < losses[0.0][0] - 0.5
+    assert losses[0.5][1] < losses[0.5][2] - 0.5
+
+
+def test_top_k_distillation_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match="'eagle1' has no top-K distillation"):
+        TrainConfig(objective="eagle1", top_k_from=0.5)
+    with pytest.raises(ValueError, match=r"top_k_from=1.0 must be .* below 1"):
+        TrainConfig(objective="hass", top_k_from=1.0)
+
+
 def test_an_unknown_objective_is_refused() -> None:
     with pytest.raises(ValueError, match=r"objective='eagle2'.*eagle3"):
         TrainConfig(objective="eagle2")
@@ -187,7 +205,7 @@ def test_an_unknown_objective_is_refused() -> None:
 
 def test_ten_steps_give_the_stored_losses(setup: Path, tmp_path: Path) -> None:
     """A change of these numbers is a change of what training computes: say so in the commit."""
-    config = TrainConfig(**CONFIG, steps=10, log_every=1)
+    config = TrainConfig(**CONFIG, steps=10, log_every=1, packing=False)
     train(setup / "target", setup / "data", tmp_path, config, "cpu")
     stored = json.loads((Path(__file__).parent / "golden_losses.json").read_text())
     assert [e["loss"] for e in log(tmp_path, "step")] == pytest.approx(stored["loss"], rel=2e-3)
@@ -243,7 +261,7 @@ def test_tensorboard_is_written_or_its_absence_named(
     assert ("evaluation/losses/3", 1) in written
     assert written[-1] == "closed"
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="pip install tensorboard"):
+    with pytest.raises(ValueError, match=r"pip install .*train"):
         train(setup / "target", setup / "data", tmp_path, config, "cpu")
 
 
@@ -273,28 +291,3 @@ def test_an_exported_head_computes_what_the_trained_one_did(tmp_path: Path) -> N
     weights = load_file(tmp_path / "model.safetensors")
     ids = weights["d2t"] + torch.arange(64)
     assert weights["t2d"].nonzero().flatten().tolist() == ids.tolist()
-
-
-def test_captured_states_are_the_inputs_of_layers_2_half_and_3_from_the_end() -> None:
-    target, head = small.pair(torch.float32)
-    assert captured_layers(30) == (2, 15, 27)
-    tokens = next(epoch_batches(small.documents(4), 512, 64, seed=0))
-    states = target.model.model(tokens.tokens_BT, output_hidden_states=True).hidden_states
-    target._captured.clear()
-    batch = target.read(tokens, head.draft_token_ids, head.t2d)
-    torch.testing.assert_close(batch.features_BTF, torch.cat([states[i] for i in (2, 4, 5)], -1))
-    logits = target.model(tokens.tokens_BT).logits
-    torch.testing.assert_close(batch.target_logits_BTV, logits[..., head.draft_token_ids])
-    assert torch.equal(batch.covered_BT, head.t2d[logits.argmax(-1)])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_hidden_layers": 5}, "at least 8 layers"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "linear"),
-    ],
-)
-def test_unsuitable_targets_are_refused(changes: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        HeadConfig.from_target(small.llama(**changes).config, 64)

@@ -63,7 +63,7 @@ def run(job: dict[str, Any], emit: Emit) -> None:
 
 def _load(job: dict[str, Any], device: torch.device) -> tuple[Target, DraftHead]:
     dtype = getattr(torch, job["dtype"])
-    model = load_target(job["target"], device, dtype)
+    model = load_target(job["target"], dtype).to(device)
     matrices = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     head = load_head(Path(job["head"]), *matrices, model.config.num_hidden_layers)
     target = Target(model, head.config.aux_layer_ids)

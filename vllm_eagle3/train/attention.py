@@ -9,11 +9,14 @@ Shape suffixes: B sequences, T slots, N query heads, J diagonal steps, D head di
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-Tensors = list[torch.Tensor]
+from vllm_eagle3.train.documents import DocumentLayout
+
+Tensors = Sequence[torch.Tensor]
 
 
 def diagonal_attention(
@@ -43,21 +46,33 @@ def diagonal_attention(
 
 
 class DiagonalAttention:
-    """:func:`diagonal_attention` over the steps of one batch: keeps the keys of earlier calls."""
+    """:func:`diagonal_attention` of one draft step, within the documents of packed rows.
 
-    def __init__(self, impl: str = "flash") -> None:
-        self._impl = impl
-        self._keys: Tensors = []
-        self._values: Tensors = []
+    Args:
+        earlier: keys and values of the steps before, from step 0, each as a pair.
+
+    Attributes:
+        newest: the pair of this step, once it has been called.
+    """
+
+    def __init__(
+        self,
+        impl: str = "flash",
+        layout: DocumentLayout | None = None,
+        earlier: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> None:
+        self._impl, self._layout, self._earlier = impl, layout, earlier
+        self.newest: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(
         self, q_BNTD: torch.Tensor, k_BNTD: torch.Tensor, v_BNTD: torch.Tensor
     ) -> torch.Tensor:
-        self._keys.append(k_BNTD)
-        self._values.append(v_BNTD)
-        first, *later = self._keys
-        first_values, *later_values = self._values
-        return diagonal_attention(q_BNTD, first, first_values, later, later_values, self._impl)
+        if self._layout is not None:
+            q_BNTD, k_BNTD, v_BNTD = map(self._layout.split, (q_BNTD, k_BNTD, v_BNTD))
+        self.newest = k_BNTD, v_BNTD
+        keys, values = zip(*self._earlier, self.newest, strict=True)
+        out = diagonal_attention(q_BNTD, keys[0], values[0], keys[1:], values[1:], self._impl)
+        return out if self._layout is None else self._layout.join(out)
 
 
 def _explicit(

@@ -40,7 +40,7 @@ A draft head for speculative decoding, trained with `vllm-eagle3 train`. vLLM lo
 
 ## Data
 
-Written by the target itself: {data.get("description", "user turns and answers.")}
+Of this kind: {data.get("description", "user turns, and the answers of the target.")}
 {facts["documents"]:,} documents, {facts["tokens"]:,} tokens, of which the assistant wrote
 {facts["assistant_tokens"]:,}. Draft vocabulary: the {facts["draft_vocab_size"]:,} most frequent
 of those, {100 * facts["coverage"]:.2f} % of what the assistant wrote.

@@ -5,7 +5,6 @@ written beside them, flushed to the disk, and only then renamed: a full disk or 
 process leaves the two as they were.
 """
 
-import os
 import random
 import sys
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vllm_eagle3.files import replacing
 from vllm_eagle3.train.settings import TrainConfig
 
 STATE_FILE = "training_state.pt"
@@ -22,7 +22,7 @@ PREVIOUS_FILE = "training_state.previous.pt"
 # These may change between the parts of a run; what shapes the weights may not. The learning
 # rate is free because lowering it is the remedy for a loss that is no longer finite.
 _FREE = {
-    *("epochs", "steps", "minutes", "learning_rate", "clip", "recompute"),
+    *("epochs", "steps", "minutes", "learning_rate", "clip", "recompute", "shard_target"),
     *("log_every", "eval_every", "save_every", "eval_batches"),
     *("eval_documents", "eval_chain", "eval_tree", "tensorboard"),
 }
@@ -71,36 +71,22 @@ def save(
         ValueError: the disk is full or not writable; the states written before are intact.
     """
     newest, previous = out_dir / STATE_FILE, out_dir / PREVIOUS_FILE
-    scratch = out_dir / f".{STATE_FILE}.partial"
-    try:
-        with scratch.open("wb") as file:
-            torch.save(
-                {
-                    "config": asdict(config),
-                    "head": head.state_dict(),
-                    "feature_scale": head.feature_scale_F,
-                    "optimizer": optimizer.state_dict(),
-                    "progress": asdict(progress),
-                    "random": random_states,
-                },
-                file,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-    # torch reports a failed write of its archive as a RuntimeError.
-    except (OSError, RuntimeError) as error:
-        scratch.unlink(missing_ok=True)
-        raise ValueError(
-            f"the state of step {progress.step} could not be written to {out_dir} ({error}): free "
-            "some space, and go on from the state before with --resume"
-        ) from error
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    if newest.is_file():
-        os.replace(newest, previous)
-    os.replace(scratch, newest)
-    _flush_folder(out_dir)
+    remedy = (
+        f"it is the state of step {progress.step}; free some space, and go on from the state "
+        "before with --resume"
+    )
+    with replacing(newest, remedy, previous) as scratch:
+        torch.save(
+            {
+                "config": asdict(config),
+                "head": head.state_dict(),
+                "feature_scale": head.feature_scale_F,
+                "optimizer": optimizer.state_dict(),
+                "progress": asdict(progress),
+                "random": random_states,
+            },
+            scratch,
+        )
 
 
 def load(
@@ -112,32 +98,54 @@ def load(
 ) -> tuple[Progress, list[dict[str, Any]]]:
     """Restore head and optimiser from the newest state that can be read.
 
+    On as many processes a run goes on bit by bit. On another number of them it reads the same
+    batches in the same order, if processes x ``accumulate`` is what it was; but sums are
+    rounded in another order, and noise is drawn anew.
+
     Returns:
-        The progress and the random states, by rank.
+        The progress and the random states, by the ranks of the processes that wrote them.
 
     Raises:
-        ValueError: there is no state, or it is of another configuration, other data or
-            another number of processes.
+        ValueError: there is no state, or it is of another configuration, of other data, or of
+            processes that read a step in another number of parts.
     """
     path, stored = _newest(out_dir, head.d2t.device)
     now = asdict(config)
-    changed = [k for k in now if k not in _FREE and stored["config"].get(k) != now[k]]
+    changed = [
+        name
+        for name in now
+        if name not in {*_FREE, "accumulate"} and stored["config"].get(name) != now[name]
+    ]
     if changed:
         raise ValueError(
             f"{path} was written with another {', '.join(changed)}: give the same, or "
             "start without resume"
         )
-    if len(stored["random"]) != num_processes:
-        raise ValueError(
-            f"{path} was written by {len(stored['random'])} processes, this run has "
-            f"{num_processes}: use as many, or start without resume"
-        )
+    _check_parts(path, len(stored["random"]), stored["config"], num_processes, config)
     if not torch.equal(stored["head"]["d2t"], head.d2t):
         raise ValueError(f"{path} was trained on other data: start without resume")
     head.load_state_dict(stored["head"])
     head.feature_scale_F.copy_(stored["feature_scale"])
     optimizer.load_state_dict(stored["optimizer"])
     return Progress(**stored["progress"]), stored["random"]
+
+
+def _check_parts(
+    path: Path, before: int, stored: dict[str, Any], num_processes: int, config: TrainConfig
+) -> None:
+    """Refuse another number of parts of a step: other batches would be read, some of them twice."""
+    parts = before * stored["accumulate"]
+    if num_processes * config.accumulate == parts:
+        return
+    accumulate, rest = divmod(parts, num_processes)
+    remedy = f"use {before} processes with --accumulate {stored['accumulate']}"
+    if not rest:
+        remedy = f"give --accumulate {accumulate}"
+    raise ValueError(
+        f"{path} was written by {before} processes with accumulate={stored['accumulate']}, "
+        f"{parts} parts a step; this run has {num_processes} with accumulate={config.accumulate}, "
+        f"which are other batches: {remedy}, or start without resume"
+    )
 
 
 def _newest(out_dir: Path, device: torch.device) -> tuple[Path, dict[str, Any]]:
@@ -154,17 +162,3 @@ def _newest(out_dir: Path, device: torch.device) -> tuple[Path, dict[str, Any]]:
     if unreadable:
         raise ValueError(f"{' and '.join(unreadable)} of {out_dir} cannot be read: start anew")
     raise ValueError(f"{out_dir / STATE_FILE} does not exist: start without resume")
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make renames last through a power failure; a file system without it is left alone."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

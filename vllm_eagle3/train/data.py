@@ -8,11 +8,13 @@ keeps the padding low (a fifth, at 190 tokens a document), and the batches are s
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from vllm_eagle3.corpus import Document
+from vllm_eagle3.train.documents import DocumentLayout
 
 _WINDOW_BATCHES = 16
 _LENGTH_MULTIPLE = 64  # few distinct shapes, whole tiles
@@ -32,6 +34,11 @@ class TokenBatch:
     tokens_BT: torch.Tensor
     assistant_BT: torch.Tensor
     positions_BT: torch.Tensor | None = None
+
+    @cached_property
+    def layout(self) -> DocumentLayout | None:
+        """Where the documents lie; None for one document a row."""
+        return None if self.positions_BT is None else DocumentLayout(self.positions_BT)
 
     def to(self, device: torch.device) -> "TokenBatch":
         """On another device."""
@@ -57,12 +64,25 @@ def split_held_out(
     return [documents[i] for i in order[num_held_out:]], held_out
 
 
-def check_tokens(documents: Sequence[Document], vocab_size: int) -> None:
-    """Refuse data that another target's tokenizer wrote.
+def check_documents(
+    documents: Sequence[Document], vocab_size: int, max_length: int, max_positions: int
+) -> None:
+    """Refuse what the target cannot read.
+
+    Args:
+        max_length: where documents are cut.
+        max_positions: of the target.
 
     Raises:
-        ValueError: a token id is outside of the target's vocabulary.
+        ValueError: a token id is outside of the target's vocabulary (another target's tokenizer
+            wrote it), or a document is longer than the target's context.
     """
+    longest = min(max_length, max(len(document.tokens) for document in documents))
+    if longest > max_positions:
+        raise ValueError(
+            f"a document has {longest} tokens, the target's context ends at {max_positions}: give "
+            f"--max-length {max_positions}, which cuts it"
+        )
     highest = max(int(document.tokens.max(initial=0)) for document in documents)
     if highest >= vocab_size:
         raise ValueError(

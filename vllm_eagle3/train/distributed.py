@@ -1,19 +1,31 @@
 """One process for each GPU, started by ``torchrun``; alone, a world of one.
 
-The head is small and the target fits on every GPU, so each process holds both and reads its
-own share of every step's batches. Gradients are summed once a step, tensor by tensor: a head
-has about fifteen tensors, and as every draft step uses all of them, none is complete before
-the backward pass is: there is nothing to overlap, which is what DDP's buckets are for.
+The head is small: each process holds all of it, under DistributedDataParallel, and reads its
+own share of every step's batches. The frozen target is held whole as well, or, where it does
+not fit, spread over the processes layer by layer with FSDP2's ``fully_shard``.
 """
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# What torch 2.13 calls ``broadcast_buffers`` in every forward.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
+# The others wait while the main process evaluates and writes.
+_PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -48,21 +60,48 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    @torch.no_grad()
-    def sum_gradients(self, module: torch.nn.Module) -> None:
-        """Sum the gradients; a process that had nothing to read adds zeros."""
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag of any process is set."""
         if self.size == 1:
-            return
-        for weight in module.parameters():
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            dist.all_reduce(weight.grad)
+            return flag
+        return bool(self.sum_(torch.tensor(float(flag), device=device)) > 0)
 
-    @torch.no_grad()
-    def share_weights(self, module: torch.nn.Module) -> None:
-        """The main process's weights for all, with the scale that a checkpoint leaves out."""
-        for tensor in (*module.state_dict().values(), module.feature_scale_F):
-            self.from_main_(tensor)
+    def replicate(self, module: nn.Module) -> nn.Module:
+        """``module`` with the main process's weights; a backward pass averages its gradients.
+
+        Losses that are to be added up over processes must be multiplied by their number.
+        """
+        if self.size == 1:
+            return module
+        # Once: no buffer changes in training, and the target's embedding is one.
+        for buffer in module.buffers():
+            self.from_main_(buffer)
+        return DistributedDataParallel(
+            module, gradient_as_bucket_view=True, **{_SYNC_BUFFERS: False}
+        )
+
+    def shard_layers(self, model: nn.Module, device: torch.device) -> None:
+        """Spread the decoder layers of a Transformers model over the processes, in place.
+
+        A layer is gathered for its forward and let go of after it; the next one is gathered
+        meanwhile. Embedding, final norm and output matrix stay whole: training reads them.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (self.size,))
+        body = model.model
+        for layer in body.layers:
+            fully_shard(layer, mesh=mesh)
+        whole = {*body.embed_tokens.parameters(), *body.norm.parameters()}
+        fully_shard(body, mesh=mesh, ignored_params=whole)
+
+
+def syncing(module: nn.Module, active: bool) -> AbstractContextManager:
+    """For a forward and backward: average gradients over processes, or only add them up here."""
+    if active or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return module.no_sync()
 
 
 def is_main_process() -> bool:
@@ -98,6 +137,7 @@ def joined(device: str | None) -> Iterator[tuple[World, torch.device]]:
     dist.init_process_group(
         "nccl" if chosen.type == "cuda" else "gloo",
         device_id=chosen if chosen.type == "cuda" else None,
+        timeout=_PATIENCE,
     )
     try:
         yield world, chosen

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_eagle3.corpus import write_json
+from vllm_eagle3.files import replacing, writing
 from vllm_eagle3.train.eagle1 import Eagle1Head
 from vllm_eagle3.train.model import DraftHead, Eagle3Head, HeadConfig, captured_layers
 
@@ -25,13 +26,20 @@ def export(
 ) -> Path:
     """Write ``config.json``, ``model.safetensors`` and, given a card, ``README.md``.
 
+    Each of them is replaced whole, the weights first: an interruption leaves the head that was
+    there, or the new one's weights beside a config that is the same for every head of the run.
+
     Args:
         dtype: of the weights, ``"bfloat16"`` or ``"float32"``.
+
+    Raises:
+        ValueError: the disk is full or not writable.
     """
     from safetensors.torch import save_file
 
     out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
     weights = {
         name: weight.detach().cpu().contiguous().to(_DTYPES[dtype])
         if weight.is_floating_point()
@@ -45,10 +53,12 @@ def export(
         config = eagle1_config(head.config, dtype)
     else:
         config = checkpoint_config(head.config, dtype)
-    save_file(weights, out_dir / "model.safetensors", metadata={"format": "pt"})
+    with replacing(out_dir / "model.safetensors") as scratch:
+        save_file(weights, scratch, metadata={"format": "pt"})
     write_json(out_dir / "config.json", config)
     if card is not None:
-        (out_dir / "README.md").write_text(card)
+        with replacing(out_dir / "README.md") as scratch:
+            scratch.write_text(card)
     return out_dir
 
 

@@ -1,12 +1,14 @@
 """What the target says about a batch: captured states and logits, computed on the fly."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vllm_eagle3.train.data import TokenBatch
+from vllm_eagle3.train.documents import DocumentLayout, attend_within_documents
 
 _CHUNK_ROWS = 4096
 
@@ -20,11 +22,20 @@ class FeatureBatch:
         assistant_BT: bool, tokens that the assistant wrote; False on padding.
         features_BTF: captured states, low, mid, high; of a head that captures none the
             target's last hidden state, after its final norm (F = H).
+        layout: where the documents of packed rows lie; None for one document a row.
     """
 
     tokens_BT: torch.Tensor
     assistant_BT: torch.Tensor
     features_BTF: torch.Tensor
+    layout: DocumentLayout | None = field(default=None, kw_only=True)
+
+    @property
+    def positions_BT(self) -> torch.Tensor:
+        """int64, of each token in its document; [1, T] where all rows have the same."""
+        if self.layout is not None:
+            return self.layout.positions_BT
+        return torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device).unsqueeze(0)
 
 
 @dataclass
@@ -47,6 +58,7 @@ class Target:
     def __init__(self, model: nn.Module, aux_layer_ids: tuple[int, ...]) -> None:
         """``aux_layer_ids``: layers entered; the number of layers is the last one's output."""
         self.model = model.requires_grad_(False).eval()
+        attend_within_documents(self.model)
         self.aux_layer_ids = aux_layer_ids
         self._captured: dict[int, torch.Tensor] = {}
         entered = [*self.model.model.layers, self.model.model.norm]
@@ -58,6 +70,12 @@ class Target:
     def config(self):
         """The Transformers config of the target."""
         return self.model.config
+
+    @property
+    def num_parameters(self) -> int:
+        """Of those that this process holds: a share, where the layers are sharded."""
+        weights = self.model.parameters()
+        return sum(w.to_local().numel() if isinstance(w, DTensor) else w.numel() for w in weights)
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -108,6 +126,7 @@ class Target:
             features_BTF=torch.cat(features or [hidden_BTH], -1),
             target_logits_BTV=logits_PV.view(*shape, -1),
             covered_BT=covered_P.view(shape),
+            layout=batch.layout,
         )
 
     @torch.no_grad()
@@ -118,11 +137,16 @@ class Target:
         """
         hidden_BTH = self._run(batch)
         self._captured.clear()
-        return FeatureBatch(batch.tokens_BT, batch.assistant_BT, hidden_BTH)
+        return FeatureBatch(batch.tokens_BT, batch.assistant_BT, hidden_BTH, layout=batch.layout)
 
     def _run(self, batch: TokenBatch) -> torch.Tensor:
-        # Right-padded and causal: without a mask Transformers takes its fast causal kernel.
-        return self.model.model(input_ids=batch.tokens_BT, use_cache=False).last_hidden_state
+        # Right-padded and causal, or taken apart: no mask is needed.
+        return self.model.model(
+            input_ids=batch.tokens_BT,
+            position_ids=batch.positions_BT,
+            documents=batch.layout,
+            use_cache=False,
+        ).last_hidden_state
 
     def _capture(self, layer_id: int):
         def hook(_layer: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -131,8 +155,8 @@ class Target:
         return hook
 
 
-def load_target(path: str | Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Load a Llama checkpoint from a folder or a hub name.
+def load_target(path: str | Path, dtype: torch.dtype) -> nn.Module:
+    """Load a Llama checkpoint from a folder or a hub name, into the CPU's memory.
 
     Raises:
         ValueError: the model is not a Llama.
@@ -145,4 +169,4 @@ def load_target(path: str | Path, device: torch.device, dtype: torch.dtype) -> n
             f"target {str(path)!r} is of type {config.model_type!r}: heads can be trained for "
             "'llama' targets"
         )
-    return LlamaForCausalLM.from_pretrained(path, config=config, dtype=dtype).to(device)
+    return LlamaForCausalLM.from_pretrained(path, config=config, dtype=dtype)

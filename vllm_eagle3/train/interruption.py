@@ -7,17 +7,20 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def noted(active: bool = True) -> Iterator[Callable[[], bool]]:
+def noted(patient: bool = False) -> Iterator[Callable[[], bool]]:
     """While this lasts, the first SIGINT or SIGTERM is only noted; a second one is not waited for.
 
+    A thread other than the main one leaves the signals alone.
+
     Args:
-        active: False leaves the signals alone. So does a thread other than the main one.
+        patient: further ones are noted as well. ``torchrun`` passes on a Ctrl-C that the
+            terminal has sent already, and has a time limit of its own.
 
     Yields:
         whether a signal has come.
     """
     came: list[int] = []
-    if not active or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     numbers = signal.SIGINT, signal.SIGTERM
@@ -29,7 +32,8 @@ def noted(active: bool = True) -> Iterator[Callable[[], bool]]:
 
     def note(number: int, _frame: object) -> None:
         came.append(number)
-        restore()
+        if not patient:
+            restore()
 
     for number in numbers:
         signal.signal(number, note)

@@ -1,23 +1,35 @@
 """Head, target and optimiser: what a step of training works on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from vllm_eagle3.corpus import Document
-from vllm_eagle3.train.data import TokenBatch, check_tokens
-from vllm_eagle3.train.distributed import World
+from vllm_eagle3.train.data import TokenBatch, check_documents
+from vllm_eagle3.train.distributed import World, syncing
 from vllm_eagle3.train.features import FeatureBatch, Target, load_target
 from vllm_eagle3.train.loader import StepBatches
+from vllm_eagle3.train.model import DraftHead
 from vllm_eagle3.train.objectives import OBJECTIVES, LossResult, LossSettings
-from vllm_eagle3.train.packing import Packing
-from vllm_eagle3.train.recompute import recompute_mlps
 from vllm_eagle3.train.settings import TrainConfig
 from vllm_eagle3.train.vocabulary import frequent_tokens
 
 _BETAS = (0.9, 0.95)
+
+
+class HeadLoss(nn.Module):
+    """Head and loss as one module, so that a wrapper sees the whole forward."""
+
+    def __init__(self, head: DraftHead, loss: Callable[..., LossResult]) -> None:
+        super().__init__()
+        self.head, self._loss = head, loss
+
+    def forward(self, batch: FeatureBatch, settings: LossSettings) -> LossResult:
+        """The objective's loss on one batch."""
+        return self._loss(self.head, batch, settings)
 
 
 class Learner:
@@ -41,15 +53,21 @@ class Learner:
         device: torch.device,
         world: World,
     ) -> None:
-        self.clip, self.device, self.world = config.clip, device, world
+        self.config, self.device, self.world = config, device, world
         # Half precision only where it is fast; the master weights are float32 everywhere.
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.objective = OBJECTIVES[config.objective]
         self.settings = replace(self.objective.settings, **config.loss_changes())
         self.quiet = replace(self.settings, feature_noise=0.0)
-        model = load_target(target, device, self.dtype)
+        model = load_target(target, self.dtype)
+        if config.shard_target:
+            if world.size == 1:
+                raise ValueError("shard_target spreads the target over processes: use torchrun")
+            world.shard_layers(model, device)
+        model.to(device)
         head_config = self.objective.head_config(model.config, config.draft_vocab_size)
-        check_tokens(documents, head_config.vocab_size)
+        limits = config.max_length, head_config.max_position_embeddings
+        check_documents(documents, head_config.vocab_size, *limits)
         self.target = Target(model, head_config.aux_layer_ids)
         ids, self.coverage = frequent_tokens(
             documents,
@@ -58,9 +76,6 @@ class Learner:
             always=self.target.end_token_ids,
         )
         self.head = self.objective.make_head(head_config, self.target, ids).to(device)
-        if config.recompute:
-            recompute_mlps(self.head)
-        self.packing = Packing(model.model, self.head)
         self.optimizer = torch.optim.AdamW(
             self.head.parameters(),
             lr=config.learning_rate,
@@ -68,6 +83,7 @@ class Learner:
             weight_decay=0.0,
             fused=device.type == "cuda",
         )
+        self._trained: nn.Module = HeadLoss(self.head, self.objective.loss)
 
     @property
     def learning_rate(self) -> float:
@@ -76,17 +92,22 @@ class Learner:
 
     def initialise(self, sample: TokenBatch) -> None:
         """The weights that training starts from."""
-        with self.packing.of(sample):
-            self.objective.initialise(self.head, self.target, self.read(sample))
+        self.objective.initialise(self.head, self.target, self.read(sample))
+
+    def replicate(self) -> None:
+        """Give all processes the main one's weights: call it once these are what they shall be."""
+        self._trained = self.world.replicate(self._trained)
 
     def measure(self, batch: TokenBatch) -> LossResult:
-        """The objective without its noise."""
-        return self._forward(batch, self.quiet)
+        """The objective without its noise, on this process alone; not for gradients."""
+        with self._autocast():
+            return self.objective.loss(self.head, self.read(batch), self.quiet)
 
-    def optimise(
-        self, batches: StepBatches, learning_rate: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def optimise(self, batches: StepBatches, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of the optimiser.
+
+        Args:
+            progress: share of the run that is over.
 
         Returns:
             This process's share of the measures, float32 [1 + 3K]: the loss, then losses,
@@ -96,14 +117,18 @@ class Learner:
             FloatingPointError: the gradient is not finite; the weights are as before.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = self.config.rate(progress)
+        settings = self.settings
+        if progress < self.config.top_k_from:
+            settings = replace(settings, top_k_weight=0.0)
         measures = torch.zeros(1 + 3 * self.settings.num_steps, device=self.device)
-        for batch, share in batches.parts:
-            result = self._forward(batch, self.settings)
-            (result.loss * share).backward()
+        for number, (batch, share) in enumerate(batches.parts, 1):
+            with syncing(self._trained, number == len(batches.parts)):
+                result = self._forward(batch, settings)
+                # Times the processes: their gradients are averaged, their shares add up to one.
+                (result.loss * (share * self.world.size)).backward()
             measures += share * _as_vector(result)
-        self.world.sum_gradients(self.head)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
         # Of the summed gradient, so that all processes stop together.
         if not torch.isfinite(grad_norm):
             raise FloatingPointError("the gradient is not finite")
@@ -112,9 +137,11 @@ class Learner:
         return measures, grad_norm
 
     def _forward(self, batch: TokenBatch, settings: LossSettings) -> LossResult:
-        half = torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
-        with self.packing.of(batch), half:
-            return self.objective.loss(self.head, self.read(batch), settings)
+        with self._autocast():
+            return self._trained(self.read(batch), settings)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
     def read(self, batch: TokenBatch) -> FeatureBatch:
         """What the target says about a batch, as the head and the loss take it."""

@@ -4,8 +4,12 @@ An optimiser step reads a group of G = processes x ``accumulate`` batches, each 
 ``batch_tokens / G`` tokens; batch g of the group goes to process g modulo the number of
 processes. The epochs follow each other without a gap, and the last group may be smaller.
 
-A batch's loss is a mean over its slots. Its share of the step's loss is its share of the
-assistant's tokens, so that no token counts for more because its batch had little to predict.
+All processes have as many parts in a step, so that what they do together stays in step: one
+with fewer batches reads the first of the group once more, for nothing.
+
+A batch's loss is a sum over its slots, divided by its roots (see the objectives). Its share of
+the step's loss is its share of the step's roots: together that is the loss of all batches as
+one, and no token counts for more because its batch had little to predict.
 """
 
 import itertools
@@ -17,6 +21,7 @@ import torch
 from vllm_eagle3.corpus import Document
 from vllm_eagle3.train.data import TokenBatch, epoch_batches
 from vllm_eagle3.train.distributed import World
+from vllm_eagle3.train.objectives.slots import counted_slots
 from vllm_eagle3.train.packing import packed_batches
 from vllm_eagle3.train.settings import TrainConfig
 
@@ -26,8 +31,8 @@ class StepBatches:
     """What one process reads for one optimiser step.
 
     Attributes:
-        parts: batches with their shares of the step's loss; none where the data has run out
-            for this process.
+        parts: batches with their shares of the step's loss; a share is 0 where the data has
+            run out for this process.
         num_tokens: of all processes, padding included.
     """
 
@@ -78,16 +83,13 @@ class Loader:
         batches = itertools.chain.from_iterable(epochs)
         batches = itertools.islice(batches, start * self.group, None)
         while group := list(itertools.islice(batches, self.group)):
-            written = [int(batch.assistant_BT.sum()) for batch in group]
-            total = max(1, sum(written))
-            mine = slice(self.world.rank, None, self.world.size)
-            yield StepBatches(
-                [
-                    (batch.to(device), count / total)
-                    for batch, count in zip(group[mine], written[mine], strict=True)
-                ],
-                sum(batch.tokens_BT.numel() for batch in group),
-            )
+            num_tokens = sum(batch.tokens_BT.numel() for batch in group)
+            roots = [len(counted_slots(batch.assistant_BT, 0)) for batch in group]
+            shares = [count / max(1, sum(roots)) for count in roots]
+            missing = -len(group) % self.world.size
+            parts = [*zip(group, shares, strict=True), *[(group[0], 0.0)] * missing]
+            mine = parts[self.world.rank :: self.world.size]
+            yield StepBatches([(batch.to(device), share) for batch, share in mine], num_tokens)
 
     def _epoch(self, index: int) -> Iterator[TokenBatch]:
         config = self.config

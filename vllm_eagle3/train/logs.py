@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from vllm_eagle3.files import replacing, writing
+
 LOG_FILE = "training_log.jsonl"
+_REMEDY = "free some space, and go on from the last state with --resume"
 
 
 class RunLog:
@@ -22,7 +25,8 @@ class RunLog:
         self, out_dir: Path, active: bool = True, tensorboard: bool = False, resume: bool = False
     ) -> None:
         self.path, self.active = out_dir / LOG_FILE, active
-        self._writer = _tensorboard(out_dir) if tensorboard and active else None
+        self._events = out_dir / "tensorboard"
+        self._writer = _tensorboard(self._events) if tensorboard and active else None
         self._bar: Any = None
         if active and not resume:
             self.path.unlink(missing_ok=True)
@@ -33,20 +37,26 @@ class RunLog:
             return
         lines = self.path.read_text().splitlines()
         kept = [line for line in lines if _step_of(line) <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        with replacing(self.path, _REMEDY) as scratch:
+            scratch.write_text("".join(line + "\n" for line in kept))
 
     def write(self, event: str, **entry: Any) -> None:
-        """One line; numbers that are not whole are rounded to four places."""
+        """One line; numbers that are not whole are rounded to four places.
+
+        Raises:
+            ValueError: the disk is full or not writable.
+        """
         if not self.active:
             return
         line = json.dumps({"event": event} | {k: rounded(v) for k, v in entry.items()})
-        with self.path.open("a") as file:
+        with writing(self.path, _REMEDY), self.path.open("a") as file:
             file.write(line + "\n")
         if self._bar is None or self._bar.disable:
             print(line, flush=True)
         if self._writer is not None and "step" in entry:
-            for name, value in _scalars(event, entry):
-                self._writer.add_scalar(name, value, entry["step"])
+            with writing(self._events, _REMEDY):
+                for name, value in _scalars(event, entry):
+                    self._writer.add_scalar(name, value, entry["step"])
 
     def advance(self, progress: float, tokens: int, **shown: str) -> None:
         """Move the progress bar to a share ``progress`` of the run."""
@@ -68,7 +78,8 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
-            self._writer.close()
+            with writing(self._events, _REMEDY):
+                self._writer.close()
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -113,12 +124,13 @@ def _step_of(line: str) -> int:
         return sys.maxsize
 
 
-def _tensorboard(out_dir: Path) -> Any:
+def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            "tensorboard is not installed: pip install tensorboard, or leave --tensorboard out "
-            f"({LOG_FILE} holds the same numbers)"
+            "tensorboard is not installed: pip install 'vllm-eagle3[train]', or leave "
+            f"--tensorboard out ({LOG_FILE} holds the same numbers)"
         ) from error
-    return SummaryWriter(str(out_dir / "tensorboard"))
+    with writing(folder, _REMEDY):
+        return SummaryWriter(str(folder))

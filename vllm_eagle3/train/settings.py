@@ -27,7 +27,8 @@ class TrainConfig:
             all parts of an accumulated step: the recipe stays the same on more GPUs.
         accumulate: parts that an optimiser step is read in; more of them need less memory.
         max_length: longer documents are cut.
-        packing: several documents in a row of ``max_length``, in place of padding.
+        packing: several documents in a row of ``max_length``, none of which sees another; False
+            for one document a row, padded.
         epochs: passes over the data, at most.
         steps: optimiser steps, at most; None for no limit.
         minutes: wall-clock limit; the schedule ends with it. None for no limit.
@@ -35,13 +36,18 @@ class TrainConfig:
         objective: which head, and what it is trained by; a name of ``objectives.OBJECTIVES``.
         num_ttt_steps, ttt_decay: draft steps that are trained through, and the weight of one
             relative to that before; None for the objective's own.
+        top_k_from: share of the run after which HASS's top-K distillation counts; with 0.5 a
+            first half trains the alignment alone (weight 0), the second both.
         held_out: share of the documents kept for evaluation.
         eval_batches: batches that the evaluation of losses reads, at most.
         eval_documents: documents on which the acceptance lengths of ``eval_chain`` and
             ``eval_tree`` are predicted; 0 for none.
         eval_chain: drafts of the chain.
         eval_tree: draft tokens, depth and top-k of the tree.
-        recompute: keep no activations of the MLP, compute them again (gradient checkpointing).
+        recompute: keep no activations within a draft step, compute them again (gradient
+            checkpointing): about a third more time for a fraction of the memory.
+        shard_target: spread the target's layers over the processes (FSDP2), where one GPU does
+            not hold it; the head is on each of them.
         tensorboard: write TensorBoard's events beside the log of JSON lines.
         attention: ``"flash"`` or ``"math"``.
     """
@@ -50,7 +56,7 @@ class TrainConfig:
     batch_tokens: int = 32768
     accumulate: int = 1
     max_length: int = 2048
-    packing: bool = False
+    packing: bool = True
     epochs: int = 3
     steps: int | None = None
     minutes: float | None = None
@@ -60,6 +66,7 @@ class TrainConfig:
     objective: str = "eagle3"
     num_ttt_steps: int | None = None
     ttt_decay: float | None = None
+    top_k_from: float = 0.0
     held_out: float = 0.01
     eval_batches: int = 8
     eval_documents: int = 8
@@ -71,6 +78,7 @@ class TrainConfig:
     seed: int = 0
     attention: str = "flash"
     recompute: bool = False
+    shard_target: bool = False
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +89,13 @@ class TrainConfig:
 
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r}: use one of {', '.join(OBJECTIVES)}")
+        if not 0 <= self.top_k_from < 1:
+            raise ValueError(f"top_k_from={self.top_k_from} must be at least 0 and below 1")
+        if self.top_k_from and not OBJECTIVES[self.objective].settings.top_k:
+            raise ValueError(
+                f"top_k_from={self.top_k_from}: objective {self.objective!r} has no top-K "
+                "distillation; leave it out, or train 'hass'"
+            )
         if self.eval_documents < 0:
             raise ValueError(f"eval_documents={self.eval_documents} must be 0 or more")
         if len(self.eval_tree) != 3:
@@ -99,7 +114,7 @@ class TrainConfig:
         """What this configuration changes of the objective's own ``LossSettings``."""
         changes = {"num_steps": self.num_ttt_steps, "decay": self.ttt_decay}
         given = {name: value for name, value in changes.items() if value is not None}
-        return given | {"attention": self.attention}
+        return given | {"attention": self.attention, "recompute": self.recompute}
 
     def trees(self) -> dict[str, TreeConfig]:
         """What the evaluation predicts acceptance lengths for, by name.
@@ -156,6 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("clip", float, "largest norm of a step's gradient")
     add("num_ttt_steps", int, "draft steps trained through")
     add("ttt_decay", float, "weight of a draft step relative to the one before")
+    add("top_k_from", float, "hass: share of the run after which top-K distillation counts")
     add("log_every", int, "steps between log lines")
     add("eval_every", int, "steps between evaluations")
     add("eval_documents", int, "held-out documents to predict acceptance lengths on; 0: none")
@@ -171,12 +187,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("save_every", int, "steps between states to resume from")
     add("seed", int, "of the order and the weights")
     add("attention", str, "flash or math")
+    parser.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        default=default.packing,
+        help="several documents in a row of --max-length, in place of padding (on)",
+    )
     for name, text in (
-        ("packing", "several documents in a row of --max-length, in place of padding"),
-        ("recompute", "compute the MLP's activations again instead of keeping them"),
+        ("recompute", "compute a draft step's activations again instead of keeping them"),
+        ("shard_target", "spread the target's layers over the processes of torchrun"),
         ("tensorboard", "write TensorBoard's events too"),
     ):
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
 
 
 def config_from_arguments(args: argparse.Namespace) -> TrainConfig:

@@ -4,12 +4,14 @@ One process for each GPU; ``torchrun -m vllm_eagle3.cli train ...`` starts sever
 """
 
 import argparse
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from vllm_eagle3.corpus import read_corpus, write_json
+from vllm_eagle3.files import writing
 from vllm_eagle3.train import checkpoints, interruption
 from vllm_eagle3.train.card import model_card
 from vllm_eagle3.train.clock import Clock
@@ -76,7 +78,8 @@ class _Trainer:
     ) -> None:
         self.config, self.out_dir, self.device, self.world = config, out_dir, device, world
         self.target_name, self.data_dir = str(target), data_dir
-        out_dir.mkdir(parents=True, exist_ok=True)
+        with writing(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
         corpus = read_corpus(data_dir)
         self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
@@ -88,13 +91,25 @@ class _Trainer:
         self.evaluation: Evaluation | None = None
 
     def train(self, resume: bool) -> Path:
-        self.log = RunLog(self.out_dir, self.world.is_main, self.config.tensorboard, resume)
+        tensorboard = self.config.tensorboard
+        with closing(RunLog(self.out_dir, self.world.is_main, tensorboard, resume)) as self.log:
+            self._begin(resume)
+            self._loop()
+            self._evaluate()
+            self._save_state()
+            if self.world.is_main:
+                export(self.learner.head, self.out_dir, self._card())
+        return self.out_dir
+
+    def _begin(self, resume: bool) -> None:
         if resume:
             self._load_state()
             self.log.rewind(self.step)
         else:
             self.learner.initialise(self.loader.first().to(self.device))
-        self.world.share_weights(self.learner.head)
+            if self.world.rank:  # noise of its own
+                torch.manual_seed(self.config.seed + self.world.rank)
+        self.learner.replicate()
         self.log.write(
             "start",
             config=asdict(self.config),
@@ -102,32 +117,26 @@ class _Trainer:
             documents=len(self.documents),
             coverage=self.learner.coverage,
             parameters=sum(p.numel() for p in self.learner.head.parameters()),
+            target_parameters=self.learner.target.num_parameters,
         )
-        self._loop()
-        self._evaluate()
-        self._save_state()
-        self.log.close()
-        if self.world.is_main:
-            export(self.learner.head, self.out_dir, self._card())
-        return self.out_dir
 
     def _loop(self) -> None:
         self.clock.start(self.step, self.tokens_seen, self.loader.num_steps())
-        # Several processes would note a signal at different steps, and wait for each other.
-        with interruption.noted(self.world.size == 1) as interrupted:
+        with interruption.noted(patient=self.world.size > 1) as interrupted:
             for batches in self.loader.steps(self.step, self.device):
                 progress = self.clock.progress(self.step)
                 if progress >= 1:
                     break
                 self._step(batches, progress)
-                if interrupted():
+                # One for all: they would note it at different steps, and wait for each other.
+                if self.world.any(interrupted(), self.device):
                     self._save_state()
                     self.log.write("interrupted", step=self.step)
                     raise KeyboardInterrupt
 
     def _step(self, batches: StepBatches, progress: float) -> None:
         try:
-            measures, grad_norm = self.learner.optimise(batches, self.config.rate(progress))
+            measures, grad_norm = self.learner.optimise(batches, progress)
         except FloatingPointError as error:
             raise ValueError(self._not_finite()) from error
         self.step += 1
@@ -152,7 +161,8 @@ class _Trainer:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        if not self.world.is_main:
+        # A sharded target runs on all processes or on none.
+        if not (self.world.is_main or self.config.shard_target):
             return
         learner = self.learner
         self.evaluation = evaluate(
@@ -197,7 +207,18 @@ class _Trainer:
         self.step, self.tokens_seen = progress.step, progress.tokens_seen
         self.saved_step = progress.step
         self.clock.seconds_before = progress.seconds
-        checkpoints.restore_random_state(random_states[self.world.rank], self.device)
+        if len(random_states) == self.world.size:
+            checkpoints.restore_random_state(random_states[self.world.rank], self.device)
+        else:
+            torch.manual_seed(self.config.seed + 1_000_003 * self.step + self.world.rank)
+            self.log.write(
+                "other processes",
+                step=self.step,
+                before=len(random_states),
+                now=self.world.size,
+                equal="the batches and their order",
+                different="the rounding of sums, and noise",
+            )
 
     def _card(self) -> str:
         learner = self.learner

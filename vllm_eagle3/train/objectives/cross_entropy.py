@@ -24,7 +24,8 @@ class LinearSoftCrossEntropy(torch.autograd.Function):
     """sum_m weight_m * -sum_v p_mv log softmax(x_m W^T)_v, with gradients of x and W.
 
     p = softmax of the target's row. The gradient of the logits is (q - p) * weight.
-    Also returns the argmax of q, and whether it is the argmax of p.
+    Also returns, without gradient, each row's own cross-entropy, the argmax of q, and whether
+    it is the argmax of p.
     """
 
     @staticmethod
@@ -34,6 +35,7 @@ class LinearSoftCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=accurate, device=x_MH.device)
         grad_x_MH = torch.empty_like(x_MH)
         grad_w_VH = torch.zeros_like(weight_VH, dtype=accurate)
+        losses_M = torch.empty(len(rows_M), dtype=accurate, device=x_MH.device)
         drafted_M = torch.empty_like(rows_M)
         agree_M = torch.empty_like(rows_M, dtype=torch.bool)
         for part in chunks(len(rows_M), len(weight_VH)):
@@ -45,19 +47,21 @@ class LinearSoftCrossEntropy(torch.autograd.Function):
             p = target.to(accurate).softmax(-1)
             log_q = logits.to(accurate).log_softmax(-1)
             # Not a dot product, which autocast would round to bfloat16.
-            loss -= (weights * (p * log_q).sum(-1)).sum()
+            losses_M[part] = -(p * log_q).sum(-1)
+            loss += (weights * losses_M[part]).sum()
             grad = (log_q.exp_().sub_(p) * weights.unsqueeze(-1)).to(x.dtype)
             grad_x_MH[part] = grad @ matrix_VH
             grad_w_VH += grad.T @ x
         ctx.save_for_backward(grad_x_MH, grad_w_VH.to(weight_VH.dtype))
-        ctx.mark_non_differentiable(drafted_M, agree_M)
-        return loss, drafted_M, agree_M
+        ctx.mark_non_differentiable(losses_M, drafted_M, agree_M)
+        return loss, losses_M, drafted_M, agree_M
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _drafted, _agree):
+    def backward(ctx, grad_loss, _losses, _drafted, _agree):
         grad_x_MH, grad_w_VH = ctx.saved_tensors
-        return (grad_x_MH * grad_loss).to(grad_x_MH.dtype), grad_w_VH * grad_loss, None, None, None
+        grad_x_MH = (grad_x_MH * grad_loss).to(grad_x_MH.dtype)
+        return grad_x_MH, grad_w_VH * grad_loss, None, None, None
 
 
 class SharedHeadCrossEntropy(torch.autograd.Function):

@@ -9,10 +9,13 @@ With T slots and steps k = 0..K-1 (EAGLE-3, arXiv 2503.01840), slot t of step k
     predicts   token t+2+k: the target's distribution at position t+1+k, restricted to the
                draft vocabulary and renormalised.
 
-    loss_k = - mean over counted slots of sum_v p(v) log q(v),   loss = sum_k decay^k loss_k.
+    loss_k = - mean over the n_k counted slots of sum_v p(v) log q(v)
+    loss   = sum_k decay^k (n_k / n) loss_k
 
 A slot counts where the tokens t+1 (the root a server would draft from) and t+2+k are the
-assistant's and the target's most likely token is in the draft vocabulary.
+assistant's and the target's most likely token is in the draft vocabulary. Of n slots, or roots,
+the tokens t+1 and t+2 are the assistant's: as n is known of the tokens alone, batches weighted by
+their n add up to the loss of all of them as one, on however many processes.
 
 There is no loss on the states: leaving it out is what lets the features be fused of several
 layers (section 1). EAGLE-3.1 has the same loss; its head feeds back the normed state.
@@ -22,46 +25,60 @@ V draft vocabulary.
 """
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from vllm_eagle3.train.attention import DiagonalAttention
 from vllm_eagle3.train.features import TTTBatch
 from vllm_eagle3.train.model import Eagle3Head
 from vllm_eagle3.train.objectives.cross_entropy import LinearSoftCrossEntropy
-from vllm_eagle3.train.objectives.result import LossResult, LossSettings, weighted
-from vllm_eagle3.train.objectives.slots import ChainAcceptance, counted_slots, shift_left
+from vllm_eagle3.train.objectives.result import LossResult, LossSettings
+from vllm_eagle3.train.objectives.slots import ChainAcceptance, counted_slots
+from vllm_eagle3.train.objectives.steps import DraftSteps
 
 
 def ttt_loss(head: Eagle3Head, batch: TTTBatch, settings: LossSettings) -> LossResult:
     """The loss of this module's docstring on one batch."""
-    num_slots = batch.tokens_BT.shape[1]
-    positions_BT = torch.arange(num_slots, device=batch.tokens_BT.device).unsqueeze(0)
     slots = [counted_slots(batch.assistant_BT, step) for step in range(settings.num_steps)]
-    target_logits_PV = batch.target_logits_BTV.flatten(0, 1)
     covered_P = batch.covered_BT.flatten()
-    chain = ChainAcceptance(batch.tokens_BT, len(slots[0]))
-    attend = DiagonalAttention(settings.attention)
-    hidden_BTH = head.fuse(batch.features_BTF)
-    losses, accuracies, accepted = [], [], []
+    run_step = DraftSteps(head, batch, settings)
+    state_BTH = head.fuse(batch.features_BTF)
+    outs, rows, covered, weights = [], [], [], []
+    num_roots = max(1, len(slots[0]))
     for step, slots_M in enumerate(slots):
-        tokens_BT = shift_left(batch.tokens_BT, 1 + step)
-        out_BTH = head.step(tokens_BT, hidden_BTH, positions_BT + step, attend)
-        hidden_BTH = head.feedback(out_BTH)
-        rows_M = slots_M + 1 + step  # the target's rows, in the same flat order
-        covered_M = covered_P[rows_M]
-        loss, drafted_M, agree_M = LinearSoftCrossEntropy.apply(
-            # index_select: its backward adds rows, that of [] sorts them first.
-            head.norm(out_BTH.flatten(0, 1).index_select(0, slots_M)),
-            head.lm_head.weight,
-            target_logits_PV,
-            rows_M,
-            covered_M.to(head.lm_head.weight.dtype) / covered_M.sum().clamp(min=1),
-        )
-        losses.append(loss)
-        accuracies.append((agree_M & covered_M).sum() / covered_M.sum().clamp(min=1))
-        accepted.append(chain.share(step, slots_M, head.draft_token_ids[drafted_M]))
+        out_BTH = run_step(state_BTH)
+        state_BTH = head.feedback(out_BTH)
+        # index_select: its backward adds rows, that of [] sorts them first.
+        outs.append(out_BTH.flatten(0, 1).index_select(0, slots_M))
+        rows.append(slots_M + 1 + step)  # the target's rows, in the same flat order
+        covered.append(covered_P[rows[-1]])
+        counted_M = covered[-1].to(head.lm_head.weight.dtype)
+        weights.append(settings.decay**step / num_roots * counted_M)
+    # All steps at once, so that there is one gradient of the output matrix and not K.
+    loss, losses_M, drafted_M, agree_M = LinearSoftCrossEntropy.apply(
+        _normed(head, torch.cat(outs), settings),
+        head.lm_head.weight,
+        batch.target_logits_BTV.flatten(0, 1),
+        torch.cat(rows),
+        torch.cat(weights),
+    )
+    sizes = [len(slots_M) for slots_M in slots]
+    chain = ChainAcceptance(batch.tokens_BT, sizes[0])
+    losses, accuracies, accepted = [], [], []
+    parts = zip(losses_M.split(sizes), drafted_M.split(sizes), agree_M.split(sizes), strict=True)
+    for step, (of_step_M, drafted, agree) in enumerate(parts):
+        num_counted = covered[step].sum().clamp(min=1)
+        losses.append((of_step_M * covered[step]).sum() / num_counted)
+        accuracies.append((agree & covered[step]).sum() / num_counted)
+        accepted.append(chain.share(step, slots[step], head.draft_token_ids[drafted]))
     return LossResult(
-        loss=weighted(losses, settings.decay),
-        losses_K=torch.stack(losses).detach().float(),
+        loss=loss,
+        losses_K=torch.stack(losses).float(),
         accuracy_K=torch.stack(accuracies).float(),
         accepted_K=torch.stack(accepted).float(),
     )
+
+
+def _normed(head: Eagle3Head, out_MH: torch.Tensor, settings: LossSettings) -> torch.Tensor:
+    """The rows before the output matrix; what the norm keeps is three times their size."""
+    if settings.recompute and torch.is_grad_enabled():
+        return checkpoint(head.norm, out_MH, use_reentrant=False, preserve_rng_state=False)
+    return head.norm(out_MH)

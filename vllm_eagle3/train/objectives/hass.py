@@ -11,11 +11,15 @@ An EAGLE-1 head drafts from its own features from the second draft on. HASS trai
 
     L_top_k = - sum over the K' likeliest v of p of p(v) log q(v)    (section 3.1, K' = 10)
     loss_k  = mean over counted slots of L_reg + 0.1 L_cls + w L_top_k,   L_reg, L_cls as EAGLE's
-    loss    = sum_k decay^k loss_k                                    (decay 1 in the paper)
+    loss    = sum_k decay^k (n_k / n_0) loss_k                        (decay 1 in the paper)
 
+with n_k counted slots in step k: a slot has the same weight whatever batch it is in.
 Slots are named by where the draft starts, as in EAGLE-3's training-time test; the paper names
 them by where the k-th draft stands, t + k, which is the same but at the start of a text, where
 a draft would begin before it.
+
+The two stages, w = 0 and then w = 1, are one run here: ``TrainConfig.top_k_from`` is the share of
+it where the second begins.
 
 The same function is EAGLE-1's loss (``decay`` 0 or one step, no top-K term).
 
@@ -24,12 +28,12 @@ Shape suffixes: B sequences, T slots, K steps, P = B T rows, M counted slots, H 
 
 import torch
 
-from vllm_eagle3.train.attention import DiagonalAttention
 from vllm_eagle3.train.eagle1 import Eagle1Head
 from vllm_eagle3.train.features import FeatureBatch
 from vllm_eagle3.train.objectives.eagle1 import feature_terms, noisy
 from vllm_eagle3.train.objectives.result import LossResult, LossSettings, weighted
-from vllm_eagle3.train.objectives.slots import ChainAcceptance, counted_slots, shift_left
+from vllm_eagle3.train.objectives.slots import ChainAcceptance, counted_slots
+from vllm_eagle3.train.objectives.steps import DraftSteps
 
 
 def aligned_loss(head: Eagle1Head, batch: FeatureBatch, settings: LossSettings) -> LossResult:
@@ -37,18 +41,15 @@ def aligned_loss(head: Eagle1Head, batch: FeatureBatch, settings: LossSettings) 
 
     Noise is added where a gradient is wanted of a head in training mode, and nowhere else.
     """
-    num_slots = batch.tokens_BT.shape[1]
-    positions_BT = torch.arange(num_slots, device=batch.tokens_BT.device).unsqueeze(0)
     slots = [counted_slots(batch.assistant_BT, step) for step in range(settings.num_steps)]
     features_PH = batch.features_BTF.flatten(0, 1)
     chain = ChainAcceptance(batch.tokens_BT, len(slots[0]))
-    attend = DiagonalAttention(settings.attention)
+    run_step = DraftSteps(head, batch, settings)
     training = head.training and torch.is_grad_enabled()
     taken_BTH = noisy(batch.features_BTF, settings.feature_noise if training else 0.0)
     losses, parts, accuracies, accepted = [], [], [], []
     for step, slots_M in enumerate(slots):
-        tokens_BT = shift_left(batch.tokens_BT, 1 + step)
-        out_BTH = head.step(tokens_BT, taken_BTH, positions_BT + step, attend)
+        out_BTH = run_step(taken_BTH)
         taken_BTH = out_BTH.detach()
         terms, drafted_M, agree_M = feature_terms(
             head,
@@ -65,7 +66,7 @@ def aligned_loss(head: Eagle1Head, batch: FeatureBatch, settings: LossSettings) 
         accuracies.append(agree_M.sum() / max(1, len(slots_M)))
         accepted.append(chain.share(step, slots_M, drafted_M))
     return LossResult(
-        loss=weighted(losses, settings.decay),
+        loss=weighted(losses, [len(slots_M) for slots_M in slots], settings.decay),
         losses_K=torch.stack(losses).detach().float(),
         accuracy_K=torch.stack(accuracies).float(),
         accepted_K=torch.stack(accepted).float(),

@@ -19,12 +19,14 @@ class LossSettings:
         token_weight: of the cross-entropy beside the feature regression (EAGLE-1, HASS).
         feature_noise: half width of the uniform noise on the target's features while
             training (EAGLE-1, HASS).
+        recompute: keep no activations within a draft step, compute them again.
         top_k, top_k_weight: tokens (0: none) and weight of HASS's top-K distillation.
     """
 
     num_steps: int = 7
     decay: float = 0.8
     attention: str = "flash"
+    recompute: bool = False
     token_weight: float = 0.1
     feature_noise: float = 0.0
     top_k: int = 0
@@ -45,7 +47,8 @@ class LossResult:
     """Loss with its gradient, and measures without.
 
     Attributes:
-        loss: scalar, sum of decay^k loss_k.
+        loss: scalar, the sum over steps of decay^k times the slots' losses, over the number of
+            roots (counted slots of step 0, whether or not the draft vocabulary covers them).
         losses_K: float32, detached.
         accuracy_K: float32, how often the draft's and the target's most likely tokens
             agree, over counted slots.
@@ -62,8 +65,8 @@ class LossResult:
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def weighted(losses: Sequence[torch.Tensor], decay: float) -> torch.Tensor:
-    """sum over k of decay^k loss_k; decay 0 leaves the first."""
+def weighted(losses: Sequence[torch.Tensor], counts: Sequence[int], decay: float) -> torch.Tensor:
+    """sum over k of decay^k (counts_k / counts_0) loss_k; decay 0 leaves the first."""
     losses_K = torch.stack(tuple(losses))
-    steps_K = torch.arange(len(losses), device=losses_K.device, dtype=losses_K.dtype)
-    return (losses_K * decay**steps_K).sum()
+    weights = [decay**step * count / max(1, counts[0]) for step, count in enumerate(counts)]
+    return (losses_K * losses_K.new_tensor(weights)).sum()

@@ -1,0 +1,63 @@
+"""Files that are there whole, or as they were before."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_REMEDY = (
+    "free some space, or name a folder that can be written, and run the command again (a training "
+    "with --resume)"
+)
+
+
+@contextmanager
+def replacing(path: Path, remedy: str = _REMEDY, previous: Path | None = None) -> Iterator[Path]:
+    """Give a name beside ``path`` to write to; at the end that file takes the place of ``path``.
+
+    It is flushed to the disk before, so that not even a power failure leaves half of it.
+
+    Args:
+        remedy: what the user can do where it cannot be written.
+        previous: where the file that stood there is kept; None to let it go.
+
+    Raises:
+        ValueError: the disk is full or not writable; ``path`` is as it was.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with writing(path, remedy):
+            yield scratch
+            _flush(scratch)
+            if previous is not None and path.is_file():
+                os.replace(path, previous)
+            os.replace(scratch, path)
+            flush_folder(path.parent)
+    finally:
+        scratch.unlink(missing_ok=True)  # of what did not come to its end
+
+
+@contextmanager
+def writing(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
+    """Turn what goes wrong in writing ``path`` into a ValueError that names it and the remedy."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    # torch reports a failed write of its archive as a RuntimeError.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} could not be written ({error}): {remedy}") from error
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames last through a power failure; a file system without it is left alone."""
+    with suppress(OSError):
+        _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,81 @@
+"""Attention within the documents of packed rows, without a mask.
+
+A mask of packed rows has T^2 entries for each row, and keeps kernels away that need none. Here
+queries, keys and values are copied into one right-padded row for each document, for the
+attention only: a causal kernel then does the rest, since padding on the right is seen by no
+slot of the document. The documents of a batch are within a factor of four in length
+(:mod:`vllm_eagle3.train.packing`), so that the copies are about 1.5 times the batch.
+
+Shape suffixes: B rows, T slots, P = B T, C documents of a batch, L slots of the longest,
+N heads, D head dimension.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+ATTENTION = "vllm_eagle3_documents"  # its name among Transformers' implementations
+
+
+class DocumentLayout:
+    """Where the documents of a packed batch lie.
+
+    Attributes:
+        positions_BT: int64, restarting at 0 with each document; every row begins with one.
+    """
+
+    def __init__(self, positions_BT: torch.Tensor) -> None:
+        B, T = positions_BT.shape
+        positions_P = positions_BT.flatten()
+        document_P = (positions_P == 0).cumsum(0) - 1
+        self.positions_BT = positions_BT
+        self._shape_BT = B, T
+        self._shape_CL = int(document_P[-1]) + 1, int(positions_P.max()) + 1
+        self._padded_P = document_P * self._shape_CL[1] + positions_P
+        # Padding copies slot 0, which nothing sees: no slot sees a later one.
+        self._packed_CL = torch.zeros(
+            self._shape_CL[0] * self._shape_CL[1], dtype=torch.int64, device=positions_P.device
+        )
+        self._packed_CL[self._padded_P] = torch.arange(B * T, device=positions_P.device)
+
+    def split(self, x_BNTD: torch.Tensor) -> torch.Tensor:
+        """[B, N, T, D] -> [C, N, L, D]."""
+        x_PND = x_BNTD.transpose(1, 2).flatten(0, 1)
+        return x_PND.index_select(0, self._packed_CL).unflatten(0, self._shape_CL).transpose(1, 2)
+
+    def join(self, x_CNLD: torch.Tensor) -> torch.Tensor:
+        """[C, N, L, D] -> [B, N, T, D]."""
+        x_CLND = x_CNLD.transpose(1, 2).flatten(0, 1)
+        return x_CLND.index_select(0, self._padded_P).unflatten(0, self._shape_BT).transpose(1, 2)
+
+
+def attend_within_documents(model: nn.Module) -> None:
+    """Let a Transformers model take ``documents=DocumentLayout`` in its forward.
+
+    Without it the model computes what it did: causal attention by torch's SDPA, or SDPA with
+    the 4D mask that it is given. Masks of padding (2D) are not looked at.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+    model.set_attn_implementation(ATTENTION)
+
+
+def _attention(
+    module: nn.Module,
+    q_BNTD: torch.Tensor,
+    k_BJTD: torch.Tensor,
+    v_BJTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    documents: DocumentLayout | None = None,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """As Transformers calls it; the output is [B, T, N, D]."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if documents is None:
+        return sdpa_attention_forward(module, q_BNTD, k_BJTD, v_BJTD, attention_mask, **settings)
+    rows = map(documents.split, (q_BNTD, k_BJTD, v_BJTD))
+    out_CLND, _ = sdpa_attention_forward(module, *rows, None, **settings)
+    return documents.join(out_CLND.transpose(1, 2)).transpose(1, 2), None
