@@ -73,6 +73,11 @@ COMMANDS = (
         "write a head in vLLM's or in the speculators format",
     ),
     Command(
+        ("bench", "heads"),
+        "vllm_eagle3.bench.heads",
+        "heads of one target in one table, and tau over training tokens",
+    ),
+    Command(
         ("bench", "acceptance"),
         "vllm_eagle3.bench.acceptance",
         "mean acceptance length of chains and trees",
