@@ -65,21 +65,28 @@ def test_trees_that_shrink_as_requests_become_more(engines, texts, monkeypatch):
     assert oracle.count["accepted"] > 100
 
 
-def test_the_drafts_of_a_graph_are_those_without(engines, texts, monkeypatch):
-    engine = engines.tree(12, depth=4, top_k=4)
+@pytest.mark.parametrize(
+    ("schedule", "rows"), [(None, None), ([[1, 2, 12], [3, 5, 7], [6, 8, 3]], [13, 8, 4])]
+)
+def test_the_drafts_of_a_graph_are_those_without(engines, texts, schedule, rows):
+    """Of whole rounds, and of growth behind steps with a prompt in them."""
+    more = {"speculative": {"num_speculative_tokens_per_batch_size": schedule}} if schedule else {}
+    engine = engines.tree(12, depth=4, top_k=4, **more)
+    arrivals = [(2 * i, prompt, sampling(20)) for i, prompt in enumerate(PROMPTS)]
     drafted = []
     for with_graphs in (False, True):
         engine.llm.reset_prefix_cache()
         with pytest.MonkeyPatch.context() as patch:
             oracle = Oracle(engine, patch)  # it knows no text: a token a step
             if with_graphs:
-                graphs = Graphs(engine, patch, num_reqs=[4, 8])
-            engine.generate(PROMPTS, sampling(16))
+                graphs = Graphs(engine, patch, num_reqs=[2, 5, 8], rows=rows)
+            engine.serve(arrivals)
             drafted.append(oracle.drafted)
     without, captured = drafted
-    assert graphs.replays["round", 8] >= 10
+    for what in ("round", "growth"):
+        assert {size for kind, size in graphs.replays if kind == what} >= {2, 5, 8}
     common = [text for text in without if text in captured]
-    assert len(common) > 80
+    assert len(common) > 120
     for text in common:
         for name in ("tokens_BN", "parents_BN", "ancestor_bits_BN"):
             assert captured[text][name].tolist() == without[text][name].tolist()

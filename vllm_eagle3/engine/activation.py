@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.logger import init_logger
 
 from vllm_eagle3.config import TreeConfig
@@ -82,6 +83,20 @@ def validate_spec_decode(
     """
     if not getattr(speculative_config, _TREE_MARK, False):
         original(params, speculative_config)
+    elif params.logprob_token_ids is not None:
+        raise ValueError(
+            "logprob_token_ids is not reported for drafted tokens: ask for logprobs instead, or"
+            " serve without speculative decoding"
+        )
+
+
+def num_lookahead_tokens(original: Callable[..., int], vllm_config: "VllmConfig") -> int:
+    """Wraps ``VllmConfig.num_lookahead_tokens``, KV slots beyond a step's own tokens.
+
+    A chain's drafts write there; the nodes of a tree stay out of the draft's paged cache. Not 0,
+    which would tell vLLM's scheduler that nothing is drafted.
+    """
+    return original(vllm_config) if tree_config(vllm_config) is None else 1
 
 
 def init_speculator(
@@ -92,6 +107,7 @@ def init_speculator(
     if config is None:
         return original(vllm_config, device, req_states)
     from vllm_eagle3.engine.speculator import TreeSpeculator
+    from vllm_eagle3.ops import extension
 
     contract.check()
     support.check(vllm_config, config)
@@ -102,6 +118,12 @@ def init_speculator(
         config.depth,
         config.top_k,
     )
+    if schedule := getattr(vllm_config.speculative_config, _SCHEDULE):
+        logger.info("Draft tokens by first and last number of requests: %s", schedule)
+    if torch.device(device).type == "cuda" and not extension.load():
+        logger.warning(
+            "vllm-eagle3 serves without its CUDA extension, more slowly: %s", extension.REMEDY
+        )
     return TreeSpeculator(vllm_config, device, config)
 
 

@@ -17,6 +17,8 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -24,7 +26,14 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.sampler import gumbel_sample
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 from vllm.v1.worker.gpu.spec_decode.eagle.speculator import EagleSpeculator
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
+    RejectionSampler,
+    get_max_chunk_logits,
+)
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorBatchDescriptor,
+    SpeculatorCudaGraphManager,
+)
 
 _LAZY = {
     "CPUAttentionBackend": "vllm.v1.attention.backends.cpu_attn",
@@ -47,13 +56,18 @@ __all__ = [
     "AttentionCGSupport",
     "AttentionMetadataBuilder",
     "BatchDescriptor",
+    "BatchExecutionDescriptor",
     "CUDAGraphMode",
     "CommonAttentionMetadata",
     "DefaultModelState",
     "EagleSpeculator",
     "RejectionSampler",
+    "SpeculatorBatchDescriptor",
+    "SpeculatorCudaGraphManager",
     "async_tensor_h2d",
+    "build_dynamic_sd_schedule_lookup",
     "get_layers_from_vllm_config",
+    "get_max_chunk_logits",
     "gumbel_sample",
     "resolve_model_state_cls",
     "set_forward_context",

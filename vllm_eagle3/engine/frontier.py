@@ -1,12 +1,12 @@
 """The rows that the draft runs over at one level of the trees, at fixed addresses.
 
 Everything here stays where it is from start to end: the drafting round is captured in CUDA
-graphs, which remember addresses. Trees of several sizes have frontiers of several widths; they
-lie in the same memory, because one round grows trees of one size.
+graphs, which remember addresses. Trees of several sizes have frontiers of several widths, each
+with candidates of its own; what is large they share, because one round grows trees of one size.
 """
 
 import copy
-from typing import Self
+from collections.abc import Mapping
 
 import torch
 
@@ -16,11 +16,47 @@ from vllm_eagle3.engine.tree_batch import TreeRows
 from vllm_eagle3.tree.types import GrowthBuffers
 
 
+class FrontierMemory:
+    """What the frontiers of all sizes of trees share.
+
+    Args:
+        shapes: of the trees, and how many requests' trees of each grow at once.
+
+    Attributes:
+        root_positions_B, prefix_lens_B, input_ids_M, positions_M, scratch: as in
+            :class:`Frontier`.
+        states: two buffers [M, H] of the draft's states.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[TreeConfig, int],
+        max_num_reqs: int,
+        hidden_size: int,
+        kv_shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.root_positions_B = zeros(torch.int64, max_num_reqs)
+        self.prefix_lens_B = zeros(torch.int32, max_num_reqs)
+        widest = max(config.top_k for config in shapes)
+        self.input_ids_M = zeros(torch.int32, max_num_reqs * widest)
+        self.positions_M = zeros(torch.int64, max_num_reqs * widest)
+        rows = max(reqs * config.top_k for config, reqs in shapes.items())
+        self.states = zeros(dtype, rows, hidden_size), zeros(dtype, rows, hidden_size)
+        nodes = max(reqs * max(1, config.num_expanded) for config, reqs in shapes.items())
+        self.scratch = zeros(dtype, nodes, *kv_shape), zeros(dtype, nodes, *kv_shape)
+
+
 class Frontier:
     """Where the trees of a batch start, and the inputs of their next level.
 
     Attributes:
         config: the shape that the trees are grown in.
+        reqs_at_once: requests whose trees grow together.
         growth: candidates and frontier of each request of the batch.
         input_ids_M, positions_M: inputs of the draft's forward over one level, K rows a
             request.
@@ -30,46 +66,16 @@ class Frontier:
         scratch: keys and values [nodes, kv heads, head size] of the nodes expanded so far.
             Nothing of a tree enters the paged cache of the draft, which therefore holds
             committed tokens only and needs no slots past vLLM's own.
-        reqs_at_once: requests whose trees grow together.
     """
 
-    def __init__(
-        self,
-        config: TreeConfig,
-        max_num_reqs: int,
-        reqs_at_once: int,
-        hidden_size: int,
-        kv_shape: tuple[int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.reqs_at_once = reqs_at_once
-
-        def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.root_positions_B = zeros(torch.int64, max_num_reqs)
-        self.prefix_lens_B = zeros(torch.int32, max_num_reqs)
-        self.input_ids_M = zeros(torch.int32, max_num_reqs * config.top_k)
-        self.positions_M = zeros(torch.int64, max_num_reqs * config.top_k)
-        shape = (reqs_at_once * config.top_k, hidden_size)
-        self._states = (zeros(dtype, *shape), zeros(dtype, *shape))
-        shape = (reqs_at_once * max(1, config.num_expanded), *kv_shape)
-        self.scratch = (zeros(dtype, *shape), zeros(dtype, *shape))
-        self._take(config)
-
-    def of_tier(self, config: TreeConfig) -> Self:
-        """The frontier of smaller trees, in the same memory."""
-        tier = copy.copy(self)
-        tier._take(config)
-        return tier
-
-    def _take(self, config: TreeConfig) -> None:
-        """Whatever depends on depth and top-k."""
-        self.config = config
+    def __init__(self, config: TreeConfig, reqs_at_once: int, memory: FrontierMemory) -> None:
+        self.config, self.reqs_at_once = config, reqs_at_once
+        self.root_positions_B, self.prefix_lens_B = memory.root_positions_B, memory.prefix_lens_B
+        self.input_ids_M, self.positions_M = memory.input_ids_M, memory.positions_M
+        self.scratch, self._states = memory.scratch, memory.states
         device = self.root_positions_B.device
         self.growth = GrowthBuffers(len(self.root_positions_B), config, device)
-        starts = torch.arange(self.reqs_at_once + 1, dtype=torch.int32, device=device)
+        starts = torch.arange(reqs_at_once + 1, dtype=torch.int32, device=device)
         self._query_start_loc = starts * config.top_k
         self._tree_start = starts[:-1] * max(1, config.num_expanded)
         # Nodes that a row of each level may see, its own level included.
@@ -92,6 +98,10 @@ class Frontier:
         next_B = positions[:num_reqs] + 1
         torch.clamp(next_B, max=max_position, out=self.root_positions_B[:num_reqs])
         self.prefix_lens_B[:num_reqs] = torch.minimum(next_B, seq_lens[:num_reqs])
+
+    def no_roots_beyond(self, num_reqs: int) -> None:
+        """Let the rows that a graph pads the batch with attend to nothing."""
+        self.prefix_lens_B[num_reqs:] = 0
 
     def batches(self, num_reqs: int) -> list[slice]:
         """Requests that can grow at once, by place in the batch."""

@@ -21,7 +21,8 @@ from vllm_eagle3.engine.compat import (
     EagleSpeculator,
     set_forward_context,
 )
-from vllm_eagle3.engine.frontier import Frontier
+from vllm_eagle3.engine.draft_schedule import DraftSchedule
+from vllm_eagle3.engine.frontier import Frontier, FrontierMemory
 from vllm_eagle3.tree.types import GrowthBuffers
 
 if TYPE_CHECKING:
@@ -33,23 +34,18 @@ class TreeGrowth(EagleSpeculator):
 
     def __init__(self, vllm_config: "VllmConfig", device: torch.device, config: TreeConfig) -> None:
         super().__init__(vllm_config, device)
+        self._schedule = DraftSchedule(self.speculative_config, self.max_num_reqs)
+        shapes = self._schedule.shapes(config, self.max_num_tokens)
         draft = self.draft_model_config
-        self.frontier = Frontier(
-            config,
+        memory = FrontierMemory(
+            shapes,
             self.max_num_reqs,
-            # The draft is compiled for so many rows at once.
-            max(1, min(self.max_num_reqs, self.max_num_tokens // config.top_k)),
             self.hidden_size,
             (draft.get_num_kv_heads(vllm_config.parallel_config), draft.get_head_size()),
             self.dtype,
             device,
         )
-        sizes = self.speculative_config.num_speculative_tokens_per_batch_size or []
-        self._tiers = {
-            num_drafts: self.frontier.of_tier(config.tier(num_drafts))
-            for *_, num_drafts in sizes
-            if 0 < num_drafts < config.num_speculative_tokens
-        }
+        self._frontiers = [Frontier(*shape, memory) for shape in shapes.items()]
         # Of the draft prefill, over the draft vocabulary.
         self._root_logits_BV: torch.Tensor | None = None
         # Nodes of a tree that the next step will verify.
@@ -57,6 +53,19 @@ class TreeGrowth(EagleSpeculator):
         self._captures_round = False
         # Whether the graph of the draft prefill has grown the trees of this step as well.
         self._grown_with_prefill = False
+
+    def frontier_of(self, num_drafts: int) -> Frontier:
+        """That of the smallest trees with so many nodes below the root."""
+        return next(
+            (f for f in self._frontiers if f.config.num_speculative_tokens >= num_drafts),
+            self._frontiers[-1],
+        )
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        super().init_cudagraph_manager(cudagraph_mode)
+        if len(self._frontiers) > 1:
+            self._schedule.keep_rounds(self.prefill_cudagraph_manager)
+            self._schedule.split_growth(self.decode_cudagraph_manager)
 
     def sample_draft(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Keeps the logits of the roots; the tokens [B] that it returns are yet to be drafted."""
@@ -101,6 +110,8 @@ class TreeGrowth(EagleSpeculator):
             num_drafts = max(1, num_tokens // num_reqs - 1)
         buffers, frontier = self.input_buffers, self.frontier_of(num_drafts)
         frontier.set_roots(num_reqs, buffers.positions, buffers.seq_lens, self.max_model_len - 1)
+        if not captures_round:
+            frontier.no_roots_beyond(num_reqs)  # a graph of the growth may be of more
         self._expand(frontier, frontier.growth, slice(0, num_reqs), self._root_logits_BV, level=1)
         if captures_round:
             self._generate_draft(
@@ -124,7 +135,7 @@ class TreeGrowth(EagleSpeculator):
         else:
             metadata = None if skip_attn else {}
             self._generate_draft(
-                num_reqs, num_reqs, metadata, num_speculative_steps=num_speculative_steps
+                num_reqs, num_reqs, metadata, num_speculative_steps=self._num_drafts
             )
 
     def _generate_draft(
@@ -151,11 +162,6 @@ class TreeGrowth(EagleSpeculator):
             growth = frontier.grown(reqs)
             self._grow(frontier, growth, reqs, has_cache=attn_metadata is not None)
             self._publish(growth, reqs, level=frontier.config.depth)
-
-    def frontier_of(self, num_drafts: int) -> Frontier:
-        """That of the smallest trees with so many nodes below the root."""
-        sizes = [size for size in self._tiers if size >= num_drafts]
-        return self._tiers[min(sizes)] if sizes else self.frontier
 
     def _publish(self, growth: GrowthBuffers, reqs: slice, level: int) -> None:
         """Make trees of the candidates offered up to a level."""

@@ -24,6 +24,7 @@ class Hook:
 
 
 _GPU = "vllm.v1.worker.gpu"
+_SPECULATOR_GRAPHS = f"{_GPU}.spec_decode.target_dependent_ar.cudagraph_utils"
 _BACKENDS = "vllm.v1.attention.backends"
 
 
@@ -57,7 +58,12 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         "vllm.logger:init_logger",
     ),
     Hook("SamplingParams._validate_spec_decode", "wrapped: min-p and logit bias with a tree"): (
-        "vllm.sampling_params:SamplingParams._validate_spec_decode",
+        *members(
+            "vllm.sampling_params:SamplingParams", "_validate_spec_decode", "logprob_token_ids"
+        ),
+    ),
+    Hook("VllmConfig.num_lookahead_tokens", "wrapped: no KV slots beyond a tree's own"): (
+        "vllm.config:VllmConfig.num_lookahead_tokens",
     ),
     Hook("EngineArgs.create_engine_config", "wrapped: takes the key `tree` out"): (
         *members(
@@ -93,6 +99,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "hidden_size",
             "hidden_states",
             "idx_mapping",
+            "init_cudagraph_manager",
             "input_buffers",
             "load_model",
             "max_model_len",
@@ -100,6 +107,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "max_num_tokens",
             "model",
             "num_speculative_steps",
+            "prefill_cudagraph_manager",
             "propose",
             "sample_draft",
             "speculative_config",
@@ -115,8 +123,22 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
             "kv_cache_group_id",
             "map_to_kernel_block_table",
         ),
-        f"{_GPU}.cudagraph_utils:CudaGraphManager.run_fullgraph",
-        f"{_GPU}.cudagraph_utils:BatchExecutionDescriptor.cg_mode",
+        *members(
+            f"{_GPU}.cudagraph_utils:CudaGraphManager",
+            "_candidates",
+            "_capture_descs",
+            "run_fullgraph",
+        ),
+        *members(
+            f"{_GPU}.cudagraph_utils:BatchExecutionDescriptor",
+            "cg_mode",
+            "num_active_loras",
+            "num_reqs",
+            "uniform_token_count",
+        ),
+        f"{_SPECULATOR_GRAPHS}:SpeculatorBatchDescriptor.num_speculative_tokens",
+        f"{_SPECULATOR_GRAPHS}:SpeculatorCudaGraphManager.specialize_spec_tokens",
+        "vllm.v1.spec_decode.dynamic.utils:build_dynamic_sd_schedule_lookup",
         "vllm.config:CUDAGraphMode",
         "vllm.forward_context:BatchDescriptor",
         "vllm.forward_context:set_forward_context",
@@ -215,6 +237,7 @@ TOUCHED: dict[Hook, tuple[str, ...]] = {
         *members(f"{_GPU}.sample.states:SamplingStates", "seeds", "temperature"),
         f"{_GPU}.sample.gumbel:gumbel_sample",
         f"{_GPU}.sample.states:NO_LOGPROBS",
+        f"{_GPU}.spec_decode.rejection_sampler:get_max_chunk_logits",
     ),
     Hook("attention layers", "backend and impl of each layer exchanged after loading"): (
         "vllm.config:get_layers_from_vllm_config",

@@ -32,6 +32,7 @@ def register() -> None:
     """
     try:
         import vllm.v1.worker.gpu.spec_decode as spec_decode
+        from vllm.config import VllmConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.sampling_params import SamplingParams
 
@@ -49,6 +50,7 @@ def register() -> None:
     _wrap(EngineArgs, "create_engine_config", activation.create_engine_config)
     _wrap(SamplingParams, "_validate_spec_decode", activation.validate_spec_decode)
     _wrap(spec_decode, "init_speculator", activation.init_speculator)
+    _wrap_property(VllmConfig, "num_lookahead_tokens", activation.num_lookahead_tokens)
     runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
     if runner is not None:
         runner.init_speculator = spec_decode.init_speculator
@@ -71,3 +73,16 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
     setattr(wrapped, _MARK, original)
     setattr(owner, name, wrapped)
+
+
+def _wrap_property(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+    original = vars(owner)[name].fget
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any) -> Any:
+        return wrapper(original, self)
+
+    setattr(wrapped, _MARK, original)
+    setattr(owner, name, property(wrapped))

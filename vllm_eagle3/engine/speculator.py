@@ -12,6 +12,7 @@ from vllm_eagle3.engine.compat import (
     DefaultModelState,
     Eagle3LlamaForCausalLM,
     get_layers_from_vllm_config,
+    get_max_chunk_logits,
     resolve_model_state_cls,
 )
 from vllm_eagle3.engine.growth import TreeGrowth
@@ -83,7 +84,9 @@ class TreeSpeculator(TreeGrowth):
         if input_batch.num_draft_tokens and not dummy_run:
             rows_T = self._commit(input_batch, last_hidden_states.shape[0])
         hidden = self._fuse(last_hidden_states, aux_hidden_states, rows_T)
-        self._num_drafts = num_speculative_tokens or self.num_speculative_steps
+        if num_speculative_tokens is None:
+            num_speculative_tokens = self._schedule.drafts(input_batch.num_reqs)
+        self._num_drafts = max(1, num_speculative_tokens)
         self._grown_with_prefill = True  # unless the prefill runs outside of its graph
         drafts = super().propose(
             input_batch,
@@ -102,7 +105,7 @@ class TreeSpeculator(TreeGrowth):
         if num_speculative_tokens == 0:
             if not dummy_run:
                 self.tree.detach(input_batch.idx_mapping)
-        elif 1 in (num_speculative_tokens, self.num_speculative_steps):
+        elif num_speculative_tokens == 1:
             # vLLM returns before its loop over steps: the root's best child is the tree.
             reqs = slice(0, input_batch.num_reqs)
             if not self._grown_with_prefill:
@@ -170,16 +173,17 @@ class TreeSpeculator(TreeGrowth):
         )
 
     def _touch_verification_memory(self) -> None:
-        """Show vLLM's memory profile the logits of a full verification.
+        """Show vLLM's memory profile the logits of a full verification, and their float32 copy.
 
-        Its dummy batches have one logits row a request.
+        Its dummy batches have one logits row a request. The copy is that of processed sampling
+        parameters; further ones, of logprobs, are not counted.
         """
         if self.device.type == "cpu":
             return
-        tiers = self.speculative_config.num_speculative_tokens_per_batch_size or [
-            (1, self.max_num_reqs, self.num_speculative_steps)
-        ]
-        rows = max(min(last, self.max_num_reqs) * (drafts + 1) for _, last, drafts in tiers)
+        reqs = range(1, self.max_num_reqs + 1)
+        rows = max(n * (self._schedule.drafts(n) + 1) for n in reqs)
         rows = min(rows, self.max_num_tokens)
         vocabulary = self.vllm_config.model_config.get_vocab_size()
-        torch.empty(rows, vocabulary, dtype=self.dtype, device=self.device)
+        logits = torch.empty(rows, vocabulary, dtype=self.dtype, device=self.device)
+        copied = min(rows, get_max_chunk_logits(vocabulary))
+        torch.empty_like(logits[:copied], dtype=torch.float32)
