@@ -19,6 +19,7 @@ fi
 vllm-eagle3 data synth --target "$target" --out "$head-data" --tokens 20000000 --minutes 6 \
   --replicas 8 --engine-args '{"enforce_eager": true}'
 
+# On several GPUs: torchrun --nproc-per-node GPUS -m vllm_eagle3.cli train ..., the rest as here.
 vllm-eagle3 train --target "$target" --data "$head-data" --out "$head" --epochs 200 --minutes 8
 
 vllm serve "$target" --speculative-config \

@@ -10,8 +10,9 @@ from tests.full_disk import fill_disk_for, no_room
 from tests.train import small
 from vllm_eagle3 import cli
 from vllm_eagle3.corpus import write_json, write_shard
+from vllm_eagle3.train import trainer
 from vllm_eagle3.train.export import export
-from vllm_eagle3.train.logs import RunLog
+from vllm_eagle3.train.logs import LOG_FILE, RunLog
 
 OPTIONS = (
     *("--device", "cpu", "--draft-vocab-size", "80", "--batch-tokens", "512"),
@@ -69,11 +70,27 @@ def test_a_head_that_could_not_be_written_is_after_resuming(
     assert f"{out / name} could not be written" in error
     assert "No space left" in error
     assert "--resume" in error
-    assert not (out / name).exists()
+    written = {"training.json"} - {name}  # first of all; nothing of a head without the rest
+    assert {p.name for p in out.iterdir() if p.suffix != ".pt"} == written | {LOG_FILE}
     assert torch.load(out / "training_state.pt", weights_only=True)["progress"]["step"] == 2
     assert train(target, data, out, "--resume") == 0
     assert {"model.safetensors", "config.json", "README.md"} <= {p.name for p in out.iterdir()}
     assert not list(out.glob(".*"))
+
+
+def test_an_interruption_of_the_last_evaluation_loses_no_step(
+    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluate", interrupted)
+        assert train(target, data, out) == 130
+    assert torch.load(out / "training_state.pt", weights_only=True)["progress"]["step"] == 2
+    assert train(target, data, out, "--resume") == 0
+    assert (out / "model.safetensors").is_file()
 
 
 def test_a_state_that_could_not_be_written_leaves_the_one_before(

@@ -64,3 +64,29 @@ def test_no_tensor_grows_with_the_square_of_the_length(name: str, packing: bool)
             objective.loss(head, objective.read(target, batch, head), settings).loss.backward()
         largest[length] = allocated.largest
     assert largest[2048] == pytest.approx(2 * largest[1024], rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", [False, True])
+def test_on_cuda_the_peak_grows_with_the_length_and_gradients_stay(packing: bool) -> None:
+    objective = OBJECTIVES["eagle3"]
+    target, head = small.head_for(objective, torch.float32)
+    target.model.to("cuda", torch.bfloat16)
+    head.to("cuda")
+    peaks, gradients = {}, []
+    for length, recompute in ((4096, True), (8192, True), (8192, False)):
+        settings = replace(objective.settings, recompute=recompute)
+        batch = long_batch(length, packing).to(torch.device("cuda"))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = objective.loss(head, objective.read(target, batch, head), settings).loss
+        found = torch.autograd.grad(loss, list(head.parameters()))
+        peaks[length, recompute] = torch.cuda.max_memory_allocated() - before
+        if length == 8192:
+            gradients.append(found)
+    assert peaks[8192, True] < 2.5 * peaks[4096, True]
+    assert peaks[8192, True] < 0.7 * peaks[8192, False]
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() <= 1e-2 * other.norm()

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing import get_context
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +112,16 @@ def measure(job: Job) -> dict[str, Any]:
     """Figures of one side.
 
     Returns:
-        ``device``, ``step_seconds`` (one for each timed step), ``tokens`` (the assistant's) and
-        ``slots`` (padding included) of these steps, ``tokens_per_second``, ``peak_memory_gib``.
+        ``device``; for each timed step ``step_seconds``, ``step_tokens`` (the assistant's) and
+        ``step_slots`` (padding included); ``tokens_per_second``, the median of the steps; and
+        ``peak_memory_gib``.
     """
     import torch
 
     from vllm_eagle3.train.logs import peak_memory_gib
 
     device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    seconds, tokens, slots = [], 0, 0
+    seconds, tokens, slots = [], [], []
     try:
         steps = _steps(job, device)
         for _ in islice(steps, job.warmup):
@@ -130,16 +132,17 @@ def measure(job: Job) -> dict[str, Any]:
             _wait(device)
             seconds.append(time.perf_counter() - started)
             started += seconds[-1]
-            tokens, slots = tokens + step_tokens, slots + step_slots
+            tokens.append(step_tokens)
+            slots.append(step_slots)
     except torch.OutOfMemoryError as error:
         return {"error": str(error)}
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
         "step_seconds": seconds,
-        "tokens": tokens,
-        "slots": slots,
-        "tokens_per_second": tokens / sum(seconds),
+        "step_tokens": tokens,
+        "step_slots": slots,
+        "tokens_per_second": statistics.median(map(truediv, tokens, seconds)),
         "peak_memory_gib": peak_memory_gib(device),
     }
 
@@ -194,7 +197,7 @@ def render(results: dict[str, Any]) -> str:
                 f"{speed:,.0f}",
                 ratio,
                 f"{1000 * statistics.median(side['step_seconds']):,.0f}",
-                f"{100 * side['tokens'] / side['slots']:.0f} %",
+                f"{100 * sum(side['step_tokens']) / sum(side['step_slots']):.0f} %",
                 f"{side['peak_memory_gib']:.2f}",
             ]
         )

@@ -54,12 +54,19 @@ def attend_within_documents(model: nn.Module) -> None:
     """Let a Transformers model take ``documents=DocumentLayout`` in its forward.
 
     Without it the model computes what it did: causal attention by torch's SDPA, or SDPA with
-    the 4D mask that it is given. Masks of padding (2D) are not looked at.
+    the 4D mask that it is given. A mask of padding (2D) is refused by its forward: ValueError.
     """
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, _no_mask)
     model.set_attn_implementation(ATTENTION)
+
+
+def _no_mask(*, attention_mask: torch.Tensor | None = None, **_settings: Any) -> None:
+    """What Transformers is to make of a mask of padding, and of restarting positions: nothing."""
+    if attention_mask is not None:
+        raise ValueError("pad on the right and leave attention_mask out, or give documents")
 
 
 def _attention(

@@ -1,13 +1,13 @@
 """Heads on disk, as vLLM loads them: EAGLE-3's flat format, and EAGLE-1's."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_eagle3.corpus import write_json
 from vllm_eagle3.files import replacing, writing
 from vllm_eagle3.train.eagle1 import Eagle1Head
 from vllm_eagle3.train.model import DraftHead, Eagle3Head, HeadConfig, captured_layers
@@ -26,8 +26,8 @@ def export(
 ) -> Path:
     """Write ``config.json``, ``model.safetensors`` and, given a card, ``README.md``.
 
-    Each of them is replaced whole, the weights first: an interruption leaves the head that was
-    there, or the new one's weights beside a config that is the same for every head of the run.
+    All of them are written before the first takes the place of what was there: a full disk
+    leaves the head that was.
 
     Args:
         dtype: of the weights, ``"bfloat16"`` or ``"float32"``.
@@ -53,12 +53,15 @@ def export(
         config = eagle1_config(head.config, dtype)
     else:
         config = checkpoint_config(head.config, dtype)
-    with replacing(out_dir / "model.safetensors") as scratch:
-        save_file(weights, scratch, metadata={"format": "pt"})
-    write_json(out_dir / "config.json", config)
-    if card is not None:
-        with replacing(out_dir / "README.md") as scratch:
-            scratch.write_text(card)
+    with ExitStack() as files:
+
+        def scratch(name: str) -> Path:
+            return files.enter_context(replacing(out_dir / name))
+
+        save_file(weights, scratch("model.safetensors"), metadata={"format": "pt"})
+        scratch("config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if card is not None:
+            scratch("README.md").write_text(card)
     return out_dir
 
 

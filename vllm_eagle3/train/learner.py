@@ -59,10 +59,10 @@ class Learner:
         self.objective = OBJECTIVES[config.objective]
         self.settings = replace(self.objective.settings, **config.loss_changes())
         self.quiet = replace(self.settings, feature_noise=0.0)
+        if config.shard_target and world.size == 1:
+            raise ValueError("shard_target spreads the target over processes: use torchrun")
         model = load_target(target, self.dtype)
         if config.shard_target:
-            if world.size == 1:
-                raise ValueError("shard_target spreads the target over processes: use torchrun")
             world.shard_layers(model, device)
         model.to(device)
         head_config = self.objective.head_config(model.config, config.draft_vocab_size)

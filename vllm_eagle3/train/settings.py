@@ -45,7 +45,7 @@ class TrainConfig:
         eval_chain: drafts of the chain.
         eval_tree: draft tokens, depth and top-k of the tree.
         recompute: keep no activations within a draft step, compute them again (gradient
-            checkpointing): about a third more time for a fraction of the memory.
+            checkpointing): up to a third more time, and a fraction of the memory.
         shard_target: spread the target's layers over the processes (FSDP2), where one GPU does
             not hold it; the head is on each of them.
         tensorboard: write TensorBoard's events beside the log of JSON lines.

@@ -95,8 +95,9 @@ class _Trainer:
         with closing(RunLog(self.out_dir, self.world.is_main, tensorboard, resume)) as self.log:
             self._begin(resume)
             self._loop()
+            if self.saved_step != self.step:
+                self._save_state()  # before what may yet fail or be interrupted
             self._evaluate()
-            self._save_state()
             if self.world.is_main:
                 export(self.learner.head, self.out_dir, self._card())
         return self.out_dir
