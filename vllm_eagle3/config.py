@@ -188,9 +188,10 @@ class TreeConfig:
     def tier(self, num_drafts: int) -> Self:
         """The shape in which a smaller tree is grown, of ``num_drafts`` nodes below the root.
 
-        The whole tree has the depth that was asked for; each halving costs a level. As many
-        nodes as the tree has are a frontier wide enough: no node that it leaves out, nor a
-        child of one, is among the best. Of a static tree it is the first paths.
+        The whole tree has the depth that was asked for, a smaller one of n nodes at most
+        log2(n + 1) + 1 levels, rounded up: deeper ones are rarely accepted. As many nodes as
+        the tree has are a frontier wide enough: no node that it leaves out, nor a child of
+        one, is among the best. Of a static tree it is the first paths.
         """
         if num_drafts >= self.num_speculative_tokens:
             return self

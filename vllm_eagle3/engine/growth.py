@@ -153,6 +153,7 @@ class TreeGrowth(EagleSpeculator):
 
         Args:
             num_reqs: requests, padded ones included.
+            num_rows: vLLM's, of a chain's step; not used.
             attn_metadata: None in vLLM's profiling run, which has no KV cache; its content,
                 of a chain's step, is not used.
             num_speculative_steps: nodes of a tree that will be verified.

@@ -54,7 +54,8 @@ def interpreted() -> bool:
     return knobs.runtime.interpret
 
 
-# Every step of the engine runs these: a message is put together only where one is raised.
+# Every step of the engine runs these, but for those that replay a whole graph: what has much to
+# say puts its message together only where it raises one.
 
 
 def check(condition: bool, message: str) -> None:
