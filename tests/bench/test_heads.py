@@ -19,12 +19,8 @@ def evaluated(tmp_path):
     """Writes a head's record of training and the results of its evaluation."""
 
     def write(name, tau, tokens=None, **settings):
-        head = tmp_path / name
-        head.mkdir()
-        if tokens:
-            record = {"tokens": tokens, "tokens_seen": 5, "config": {"objective": "eagle3"}}
-            (head / "training.json").write_text(json.dumps(record))
-        shared = {"target": "t", "data": ["gsm8k", "mt_bench"], "limit": 3, "max_tokens": 9}
+        training = {"tokens": tokens, "tokens_seen": 5, "config": {"objective": "eagle3"}}
+        shared = {"target": "t", "data": [f"{name}/gsm8k.jsonl", "mt_bench"], "limit": 3}
         tasks = [
             task("gsm8k", 0.0, tau),
             task("mt_bench", 0.0, tau + 1),
@@ -35,7 +31,8 @@ def evaluated(tmp_path):
         entry = {"name": "tree-7", "tree": shape, "shape": shape, "num_speculative_tokens": 7}
         results = {
             "kind": "eval",
-            "settings": {**shared, "head": str(head), **settings},
+            "settings": {**shared, "head": f"heads/{name}", **settings},
+            "training": training if tokens else {},
             "notes": [],
             "configurations": [{**entry, "error": None, "tasks": tasks}],
         }

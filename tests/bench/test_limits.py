@@ -2,8 +2,10 @@ import json
 import struct
 
 import pytest
+import torch
 
 from tests.engine import tiny
+from tests.heads import checkpoints
 from vllm_eagle3.bench.limits import BYTES_PER_SECOND, StepCost, read_cost
 
 
@@ -47,6 +49,21 @@ def test_a_real_pair(tmp_path):
     skipped = ("fc.weight", "d2t", "t2d")
     assert cost.head == sum(t.numel() for name, t in tensors.items() if name not in skipped)
     assert cost.target_kv == tiny.LAYERS * cost.head_kv == tiny.LAYERS * 2 * 64
+
+
+def test_an_eagle_1_head_reads_its_fc_and_the_targets_output_matrix_in_every_forward(tmp_path):
+    H = checkpoints.HIDDEN
+    weights = {
+        "fc.weight": torch.zeros(H, 2 * H),
+        "layers.0.self_attn.q_proj.weight": torch.zeros(H, H),
+    }
+    head = checkpoints.write(tmp_path / "head", checkpoints.eagle_repository(), weights)
+    shapes = {TABLE: [100, 8], "model.norm.weight": [8]}
+    tied = write_checkpoint(tmp_path / "tied", CONFIG, **shapes)
+    cost = read_cost(tied, head)
+    assert (cost.head, cost.head_once) == (3 * H * H + 100 * 8, 0)
+    untied = write_checkpoint(tmp_path / "untied", CONFIG, **shapes, **{HEAD: [90, 8]})
+    assert read_cost(untied, head).head == 3 * H * H + 90 * 8
 
 
 def test_what_is_not_a_local_checkpoint_has_no_cost(tmp_path):

@@ -58,7 +58,7 @@ def test_naive_steps_read_every_document_and_lower_the_loss(paths: tuple[Path, P
     steps = train_naive.steps(made, given, rows=7, max_length=64, batch_tokens=1)
     read = [next(steps) for _ in range(9)]  # 60 documents, 7 at a time
     assert sum(tokens for tokens, _ in read) == sum(int(d.assistant.sum()) for d in given)
-    assert all(slots >= tokens for tokens, slots in read)
+    assert all(sum(slots) >= tokens for tokens, slots in read)
     assert made.measure(batch).loss < before
 
 
@@ -73,6 +73,7 @@ def test_the_command_measures_both_in_processes_of_their_own(
     sides = json.loads(out.read_text())["sides"]
     for side in sides.values():
         assert sum(side["step_tokens"]) < sum(side["step_slots"])
+        assert 0 < side["forward_slots"] <= max(side["step_slots"])
         first, second = map(truediv, side["step_tokens"], side["step_seconds"])
         assert side["tokens_per_second"] == pytest.approx((first + second) / 2)
         assert side["peak_memory_gib"] > 0.1
@@ -87,8 +88,8 @@ def test_the_other_sides_are_settings_of_the_trainer(paths: tuple[Path, Path], n
 
 def test_a_side_without_enough_memory_is_told_apart() -> None:
     side = {"device": "X", "step_seconds": [0.5], "step_tokens": [10], "step_slots": [20]}
-    side |= {"tokens_per_second": 20.0, "peak_memory_gib": 1.5}
+    side |= {"forward_slots": 20, "tokens_per_second": 20.0, "peak_memory_gib": 1.5}
     sides = {"packed": side, "naive": {"error": "CUDA out of memory"}}
     text = render({"target": "t", "settings": {"steps": 1}, "sides": sides})
-    assert "| packed | 20 | - | 500 | 50 % | 1.50 |" in text
+    assert "| packed | 20 | - | 500 | 50 % | 20 | 1.50 |" in text
     assert "`naive` failed" in text

@@ -1,7 +1,9 @@
 """The figures of ``vllm-eagle3 eval``: by task, by context length, served and predicted."""
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.bench import target
@@ -34,6 +36,7 @@ def merge(
         "kind": "eval",
         "settings": recorded(args) | {"data": [str(path) for path in args.data]},
         "notes": target.notes(args.target),
+        "training": _training(Path(args.head)),
         "difference_limit_percent": DIFFERENCE_LIMIT,
         "prediction_error": prediction.error,
         "configurations": [
@@ -115,3 +118,9 @@ class _Answers:
             served += served_rounds(len(turn["prompt"]), turn["steps"])
             predicted += self._predicted.get((self._name, key), ())
         return Rounds(served, predicted if self._predicted else None)
+
+
+def _training(head: Path) -> dict[str, Any]:
+    """What ``vllm-eagle3 train`` wrote beside a head; nothing of a head from elsewhere."""
+    path = head / "training.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

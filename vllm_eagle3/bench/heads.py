@@ -15,7 +15,7 @@ from vllm_eagle3.bench.markdown import table
 from vllm_eagle3.bench.report import label, title
 
 # Settings without which tau of two heads does not compare.
-_SHARED = ("target", "data", "limit", "max_tokens", "dtype")
+_SHARED = ("target", "data", "limit", "max_tokens", "max_model_len", "seed", "dtype")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,18 +67,18 @@ def collect(evaluations: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]
     names = [name for name, _ in evaluations]
     if len(set(names)) < len(names):
         raise ValueError(f"two results are named {_twice(names)!r}: give names, as in NAME=FILE")
-    (first_name, first), *others = evaluations
+    (first_name, first), *others = [(name, _settings(one)) for name, one in evaluations]
     for name, other in others:
         for key in _SHARED:
-            one, two = first["settings"].get(key), other["settings"].get(key)
+            one, two = first[key], other[key]
             if one != two:
                 raise ValueError(
                     f"{first_name} and {name} do not compare: {key} is {one!r} and {two!r}"
                 )
     return {
         "kind": "heads",
-        "settings": {key: first["settings"].get(key) for key in _SHARED},
-        "notes": first["notes"],
+        "settings": first,
+        "notes": evaluations[0][1]["notes"],
         "rows": [row for name, results in evaluations for row in _rows(name, results)],
     }
 
@@ -112,8 +112,16 @@ def _place(dataset: str | None) -> str:
     return title(dataset) if dataset else "all"
 
 
+def _settings(results: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal; files by their names, wherever they lie."""
+    settings = {key: results["settings"].get(key) for key in _SHARED}
+    settings["target"] = Path(str(settings["target"])).name
+    settings["data"] = [Path(path).stem for path in settings["data"] or ()]
+    return settings
+
+
 def _rows(name: str, results: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    training = _training(Path(results["settings"]["head"]))
+    training = results["training"]
     for entry in results["configurations"]:
         if entry["error"]:
             raise ValueError(f"{name}: {label(entry)} failed: run its eval again")
@@ -133,12 +141,6 @@ def _rows(name: str, results: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 if task["category"] is None
             ],
         }
-
-
-def _training(head: Path) -> dict[str, Any]:
-    """What ``vllm-eagle3 train`` wrote beside a head; nothing of a head from elsewhere."""
-    path = head / "training.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _read(text: str) -> tuple[str, dict[str, Any]]:

@@ -6,10 +6,12 @@ draft's forwards. Embedding tables are left out, of which a step reads a few row
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from vllm_eagle3.heads.method import method_of
 
 # What an H200 (HBM3e, 4.8 TB/s on paper) was measured to read.
 BYTES_PER_SECOND = 4.3e12
@@ -23,7 +25,7 @@ class StepCost:
     Attributes:
         target: parameters of the target that every step reads.
         head: parameters of the head that each of its forwards reads.
-        head_once: those that only the first forward of a step reads (``fc``).
+        head_once: those that only the first forward of a step reads (``fc`` of EAGLE-3).
         target_kv: keys and values of one token, in all of the target's layers.
         head_kv: the same in the head's layer.
     """
@@ -56,6 +58,7 @@ def read_cost(target: str | Path, head: str | Path | None) -> StepCost | None:
         target_sizes = dict(_tensor_sizes(Path(target)))
         config = json.loads((Path(target) / "config.json").read_text(encoding="utf-8"))
         head_sizes = dict(_tensor_sizes(Path(head))) if head else {}
+        is_eagle1 = bool(head) and method_of(head) == "eagle"
         config = config.get("text_config", config)
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -63,25 +66,28 @@ def read_cost(target: str | Path, head: str | Path | None) -> StepCost | None:
         layers = config["num_hidden_layers"]
     except (OSError, KeyError, ValueError):
         return None
-    tied = not any("lm_head" in name for name in target_sizes)
-    fc = sum(size for name, size in head_sizes.items() if _is(name, "fc"))
+    tied = not _size(target_sizes, "lm_head")
+    output = _size(target_sizes, "embed_tokens" if tied else "lm_head")
+    target_cost = sum(target_sizes.values()) - (0 if tied else _size(target_sizes, "embed_tokens"))
+    fc = _size(head_sizes, "fc")
+    head_cost = sum(head_sizes.values()) - fc
+    head_cost -= sum(_size(head_sizes, unread) for unread in ("embed_tokens", "d2t", "t2d"))
+    if head_sizes and not _size(head_sizes, "lm_head"):
+        head_cost += output  # the target's
+    if is_eagle1:
+        head_cost, fc = head_cost + fc, 0
     return StepCost(
-        target=sum(
-            size for name, size in target_sizes.items() if tied or not _is(name, "embed_tokens")
-        ),
-        head=sum(
-            size
-            for name, size in head_sizes.items()
-            if not any(_is(name, other) for other in ("fc", "embed_tokens", "d2t", "t2d"))
-        ),
+        target=target_cost,
+        head=head_cost,
         head_once=fc,
         target_kv=layers * layer_kv,
         head_kv=layer_kv,
     )
 
 
-def _is(name: str, module: str) -> bool:
-    return module in name.split(".")
+def _size(sizes: Mapping[str, int], module: str) -> int:
+    """Parameters of the modules of this name."""
+    return sum(size for name, size in sizes.items() if module in name.split("."))
 
 
 def _tensor_sizes(folder: Path) -> Iterator[tuple[str, int]]:

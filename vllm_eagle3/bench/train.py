@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, type=Path, help="folder of `data synth`")
     add("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="default: all")
     add("--batch-tokens", type=int, default=32768, help="tokens of an optimiser step (32768)")
+    add("--accumulate", type=int, default=1, help="parts that our sides read a step in (1)")
     add("--max-length", type=int, default=2048, help="longer documents are cut (2048)")
     add("--draft-vocab-size", type=int, default=8192, help="tokens that the head predicts (8192)")
     add("--num-ttt-steps", type=int, default=7, help="draft steps trained through (7)")
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     check_positive(args, "steps", "naive_rows")
     if args.warmup < 0:
         raise ValueError("--warmup must be 0 or more")
-    names = ("batch_tokens", "max_length", "draft_vocab_size", "num_ttt_steps")
+    names = ("batch_tokens", "accumulate", "max_length", "draft_vocab_size", "num_ttt_steps")
     settings = {name: getattr(args, name) for name in names}
     sides = {}
     for name in args.sides:
@@ -113,27 +114,31 @@ def measure(job: Job) -> dict[str, Any]:
 
     Returns:
         ``device``; for each timed step ``step_seconds``, ``step_tokens`` (the assistant's) and
-        ``step_slots`` (padding included); ``tokens_per_second``, the median of the steps; and
-        ``peak_memory_gib``.
+        ``step_slots`` (padding included); ``forward_slots``, of the largest forward;
+        ``tokens_per_second``, the median of the steps; and ``peak_memory_gib``, on a GPU of the
+        timed steps alone.
     """
     import torch
 
     from vllm_eagle3.train.logs import peak_memory_gib
 
     device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    seconds, tokens, slots = [], [], []
+    seconds, tokens, slots, largest = [], [], [], 0
     try:
         steps = _steps(job, device)
         for _ in islice(steps, job.warmup):
             _wait(device)
         _wait(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
-        for step_tokens, step_slots in islice(steps, job.steps):
+        for step_tokens, part_slots in islice(steps, job.steps):
             _wait(device)
             seconds.append(time.perf_counter() - started)
             started += seconds[-1]
             tokens.append(step_tokens)
-            slots.append(step_slots)
+            slots.append(sum(part_slots))
+            largest = max(largest, *part_slots)
     except torch.OutOfMemoryError as error:
         return {"error": str(error)}
     on_gpu = device.type == "cuda"
@@ -142,13 +147,14 @@ def measure(job: Job) -> dict[str, Any]:
         "step_seconds": seconds,
         "step_tokens": tokens,
         "step_slots": slots,
+        "forward_slots": largest,
         "tokens_per_second": statistics.median(map(truediv, tokens, seconds)),
         "peak_memory_gib": peak_memory_gib(device),
     }
 
 
-def _steps(job: Job, device: Any) -> Iterator[tuple[int, int]]:
-    """Optimiser steps; each yields tokens of the assistant and slots."""
+def _steps(job: Job, device: Any) -> Iterator[tuple[int, list[int]]]:
+    """Optimiser steps; each yields tokens of the assistant, and the slots of each forward."""
     import torch
 
     from vllm_eagle3.bench import train_naive
@@ -172,7 +178,7 @@ def _steps(job: Job, device: Any) -> Iterator[tuple[int, int]]:
     for batches in loader.steps(0, device):
         learner.optimise(batches, progress=0.5)
         written = sum(int(batch.assistant_BT.sum()) for batch, _ in batches.parts)
-        yield written, batches.num_tokens
+        yield written, [batch.tokens_BT.numel() for batch, _ in batches.parts]
 
 
 def _wait(device: Any) -> None:
@@ -198,16 +204,19 @@ def render(results: dict[str, Any]) -> str:
                 ratio,
                 f"{1000 * statistics.median(side['step_seconds']):,.0f}",
                 f"{100 * sum(side['step_tokens']) / sum(side['step_slots']):.0f} %",
+                f"{side['forward_slots']:,}",
                 f"{side['peak_memory_gib']:.2f}",
             ]
         )
-    header = ["", "tokens/s", "over naive", "ms a step", "trained share", "peak GiB"]
+    header = ["", "tokens/s", "over naive", "ms a step", "trained share", "slots at once"]
+    header += ["peak GiB"]
     settings = ", ".join(f"{name} {value}" for name, value in results["settings"].items())
     devices = {side["device"] for side in whole.values()}
     where = f"EAGLE-3 head for {results['target']}, {', '.join(sorted(devices)) or 'nothing'}"
     errors = [failure(name, side["error"]) for name, side in sides.items() if "error" in side]
     note = (
-        "Tokens are the assistant's; the trained share is that of all slots of the batches. "
+        "Tokens are the assistant's; the trained share is that of all slots of the batches; slots"
+        " at once are those of the largest forward, which memory grows with. "
         "Without a GPU the peak is the process's, libraries included."
     )
     return "\n\n".join([f"{where}: {settings}.", table(header, rows), note, *errors]) + "\n"

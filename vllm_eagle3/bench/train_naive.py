@@ -25,14 +25,14 @@ from vllm_eagle3.train.objectives import LossSettings
 
 def steps(
     learner: Learner, documents: Sequence[Document], rows: int, max_length: int, batch_tokens: int
-) -> Iterator[tuple[int, int]]:
+) -> Iterator[tuple[int, list[int]]]:
     """Optimiser steps without end, each over ``batch_tokens`` tokens of documents or a few more.
 
     Args:
         rows: documents of a forward pass; their gradients add up.
 
     Yields:
-        tokens of the assistant, and slots of the batches, padding included.
+        tokens of the assistant, and the slots of each forward, padding included.
     """
     # What a model without this package has: Transformers' own attention.
     learner.target.model.set_attn_implementation("sdpa")
@@ -53,7 +53,7 @@ def steps(
         learner.optimizer.zero_grad()
         yield (
             sum(int(assistant_BT.sum()) for _, _, assistant_BT in parts),
-            sum(tokens_BT.numel() for tokens_BT, _, _ in parts),
+            [tokens_BT.numel() for tokens_BT, _, _ in parts],
         )
 
 
