@@ -7,7 +7,6 @@ output is compared with its.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from vllm_eagle3.bench import answering, report, target
 from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, check_plugin, tree
 from vllm_eagle3.bench.options import add_data, add_pair, check_names, recorded
+from vllm_eagle3.bench.output import write_results
 from vllm_eagle3.bench.questions import load_questions
 from vllm_eagle3.bench.results import Run, summarize
 
@@ -47,10 +47,9 @@ def run(args: argparse.Namespace) -> int:
     log_dir.mkdir(exist_ok=True)
     runs = answering.answer(args, configurations, questions, log_dir)
     results = merge(args, configurations, runs, [question.dataset for question in questions])
-    args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     tables = report.render(results)
-    args.output.with_suffix(".md").write_text(tables, encoding="utf-8")
     print(tables)
+    write_results(args.output, results, tables)
     return 1 if any(result.error for result in runs) else 0
 
 

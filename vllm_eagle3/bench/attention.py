@@ -7,7 +7,6 @@ microseconds for one call; ratios are taken within a repeat.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 
 from vllm_eagle3.bench.attention_report import render
 from vllm_eagle3.bench.attention_sides import CAUSAL, MAX_SPLITS, SIDES, Cell, Inputs, Model, Pool
+from vllm_eagle3.bench.output import write_results
 from vllm_eagle3.bench.schedule import rotation
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,10 +76,8 @@ def run(args: argparse.Namespace) -> int:
     results["versions"] = {"torch": torch.__version__, "cuda": torch.version.cuda}
     results["bandwidth"] = args.bandwidth
     text = render(results)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(text)
     print(text)
+    write_results(args.output, results, text)
     return 0 if all(cell.get("agree", True) for cell in results["cells"]) else 1
 
 

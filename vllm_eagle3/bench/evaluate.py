@@ -14,7 +14,6 @@ part them:
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from vllm_eagle3.bench import answering, evaluate_report
 from vllm_eagle3.bench.configurations import Configuration, chain, check_plugin, parse_tree
 from vllm_eagle3.bench.evaluate_results import merge
 from vllm_eagle3.bench.options import add_data, add_pair, check_names
+from vllm_eagle3.bench.output import write_results
 from vllm_eagle3.bench.prediction import Prediction, predict
 from vllm_eagle3.bench.questions import load_questions
 from vllm_eagle3.heads.checkpoint import Checkpoint
@@ -81,10 +81,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         prediction = predict(args, configurations, runs, log_dir / "prediction.log")
     results = merge(args, configurations, runs, prediction, questions)
-    args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     tables = evaluate_report.render(results)
-    args.output.with_suffix(".md").write_text(tables, encoding="utf-8")
     print(tables)
+    write_results(args.output, results, tables)
     try:
         from vllm_eagle3.bench import evaluate_plots
 

@@ -16,6 +16,7 @@ from vllm_eagle3.bench.engines import Engine
 from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.markdown import failure, table
 from vllm_eagle3.bench.options import add_pair, select
+from vllm_eagle3.bench.output import write_results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,10 +68,8 @@ def run(args: argparse.Namespace) -> int:
             results["errors"][configuration.name] = str(error)
             print(f"{configuration.name} failed: {error}", file=sys.stderr, flush=True)
         # One at a time may take minutes: keep what there is.
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    text = render(results)
-    args.output.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+        write_results(args.output, results, render(results))
+    print(render(results))
     return 1 if results["errors"] else 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.bench import plots, speed_report
+from vllm_eagle3.bench.output import write_results, write_tables
 
 # Settings without which two runs cannot share a table.
 _SHARED = ("target", "head", "max_tokens", "max_prompt", "prompts_per_repeat", "seed", "data")
@@ -27,12 +28,13 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a file holds something else, or results that do not go together.
     """
     results = merge([_read(path) for path in args.results])
-    path = args.output or args.results[0]
+    path, text = args.output or args.results[0], speed_report.render(results)
     if args.output:
-        path.write_text(json.dumps(results) + "\n", encoding="utf-8")
+        write_results(path, results, text)
     elif len(args.results) > 1:
         raise ValueError("several results: give --output")
-    path.with_suffix(".md").write_text(speed_report.render(results), encoding="utf-8")
+    else:
+        write_tables(path, text)
     for written in plots.write(results, path):
         print(written)
     return 0

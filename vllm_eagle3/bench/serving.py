@@ -27,6 +27,7 @@ from vllm_eagle3.bench.options import (
     recorded,
     select,
 )
+from vllm_eagle3.bench.output import write_results
 from vllm_eagle3.bench.questions import DEFAULT_DATA, load_questions
 from vllm_eagle3.bench.servers import Server, run_client, write_dataset
 
@@ -132,9 +133,9 @@ def _measure(
                     del servers[name]
                     continue
                 results["runs"].append({"name": name, "concurrency": concurrency, **measured})
-                _write(args.output, results)
+                write_results(args.output, results, render(results))
                 print(f"{name}, {concurrency} at once: {measured}", file=sys.stderr, flush=True)
-    _write(args.output, results)
+    write_results(args.output, results, render(results))
 
 
 def _server(
@@ -184,11 +185,6 @@ def _ask(args: argparse.Namespace, port: int, concurrency: int, path: Path) -> d
     result_path = path.with_name(f"{path.name}.json")
     result = run_client(args.target, port, options, result_path, args.timeout)
     return {key: result[key] for key in _KEPT if key in result}
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(render(results), encoding="utf-8")
 
 
 def render(results: Mapping[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """The results of ``bench speed``: collected, summarised, and written after every cell."""
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from vllm_eagle3.bench import speed_report, target
 from vllm_eagle3.bench.configurations import Configuration
 from vllm_eagle3.bench.limits import read_cost
 from vllm_eagle3.bench.options import recorded
+from vllm_eagle3.bench.output import write_results
 from vllm_eagle3.bench.ratios import HEADLINE, summarize
 from vllm_eagle3.bench.schedule import Cell, Prompt
 
@@ -143,11 +143,8 @@ class SpeedResults:
         return speed_report.render(self.data)
 
     def write(self) -> None:
-        """Write JSON and Markdown; never half a file."""
-        for suffix, text in ((".json", json.dumps(self.data)), (".md", self.render())):
-            temporary = self.path.with_suffix(suffix + ".part")
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(self.path.with_suffix(suffix))
+        """Write JSON and Markdown; see :func:`vllm_eagle3.bench.output.write_results`."""
+        write_results(self.path, self.data, self.render())
 
     def write_plots(self) -> None:
         """Write the PNGs, where Matplotlib is installed."""
