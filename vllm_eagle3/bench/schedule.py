@@ -1,7 +1,8 @@
 """Who is measured when: rounds of engines, cells, repeats, and the order within each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from vllm_eagle3.bench.questions import Question, chat_prompt
@@ -27,6 +28,17 @@ class Prompt:
         return {"prompt": list(self.tokens), "seed": self.seed}
 
 
+def take_turns(
+    questions: Sequence[Question], group: Callable[[Question], Hashable]
+) -> list[Question]:
+    """One question of each group, then the next of each, until all are taken."""
+    groups: dict[Hashable, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(group(question), []).append(question)
+    rows = zip_longest(*groups.values())
+    return [question for row in rows for question in row if question is not None]
+
+
 def make_prompts(
     tokenizer: Any, questions: Sequence[Question], longest: int, seed: int
 ) -> list[Prompt]:
@@ -38,16 +50,7 @@ def make_prompts(
     Raises:
         ValueError: none is left, or the tokenizer has no chat template.
     """
-    sets: dict[str, list[Question]] = {}
-    for question in questions:
-        sets.setdefault(question.dataset, []).append(question)
-    columns = list(sets.values())
-    mixed = [
-        column[row]
-        for row in range(max(map(len, columns), default=0))
-        for column in columns
-        if row < len(column)
-    ]
+    mixed = take_turns(questions, lambda question: question.dataset)
     prompts = [
         Prompt(tuple(chat_prompt(tokenizer, question.turns[:1], [])), question.seed(seed, 0))
         for question in mixed

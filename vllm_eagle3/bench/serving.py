@@ -4,14 +4,20 @@ Starts ``vllm serve`` with each configuration and runs ``vllm bench serve`` agai
 at a time: streaming chats, a fixed number of them at once, outputs of a fixed length. Between
 two chunks of a stream lies a step of the engine, which brings several tokens where drafts are
 accepted: ITL is the time of such a step, TPOT the mean time of a token.
+
+Every run asks the first chats of one list in which the data sets take turns, so that runs of
+fewer chats ask part of what the others ask; vLLM's client asks some again where the list is
+too short. Configurations go in rotating order within each
+repeat, and figures are medians over the repeats.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,6 @@ from vllm_eagle3.bench import target
 from vllm_eagle3.bench.configurations import Configuration, check_plugin
 from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.llm import kv_bytes_per_token
-from vllm_eagle3.bench.markdown import failure, table
 from vllm_eagle3.bench.options import (
     MEMORY_SHARE,
     add_pair,
@@ -28,23 +33,17 @@ from vllm_eagle3.bench.options import (
     select,
 )
 from vllm_eagle3.bench.output import write_results
-from vllm_eagle3.bench.questions import DEFAULT_DATA, load_questions
+from vllm_eagle3.bench.questions import DEFAULT_DATA, Question, load_questions
+from vllm_eagle3.bench.schedule import rotation, take_turns
 from vllm_eagle3.bench.servers import Server, run_client, write_dataset
+from vllm_eagle3.bench.serving_report import FIGURES, render, summarize
 
-_FIGURES = {
-    "TTFT p50": "p50_ttft_ms",
-    "TTFT p99": "p99_ttft_ms",
-    "ITL p50": "p50_itl_ms",
-    "ITL p99": "p99_itl_ms",
-    "TPOT p50": "p50_tpot_ms",
-    "tokens/s": "output_throughput",
-}
 _KEPT = (
     "duration",
     "completed",
     "total_input_tokens",
     "total_output_tokens",
-    *_FIGURES.values(),
+    *FIGURES.values(),
     "spec_decode_acceptance_length",
 )
 
@@ -59,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concurrency", nargs="+", type=int, default=[1, 4, 16], help="chats at once")
     add("--prompts", type=int, default=10, help="chats for each one at once")
     add("--min-prompts", type=int, default=30, help="and at least so many in all")
+    add("--repeats", type=int, default=3, help="runs of the same chats; figures are medians")
     add("--max-tokens", type=int, default=128, help="tokens of every answer")
     add("--temperature", type=float, default=0.0)
     add("--data", nargs="+", type=Path, default=DEFAULT_DATA, help='JSON lines with "turns"')
@@ -80,19 +80,18 @@ def run(args: argparse.Namespace) -> int:
     """
     configurations = select(args, plain=not args.no_plain)
     check_plugin(configurations)
-    check_positive(args, "servers_at_once", "prompts", "max_tokens")
+    check_positive(args, "servers_at_once", "prompts", "repeats", "max_tokens")
     folder = args.output.with_suffix(".logs")
     folder.mkdir(parents=True, exist_ok=True)
-    questions = load_questions(args.data)
-    # Strided, so that few chats are of all data sets.
-    stride = max(1, len(questions) // max(args.min_prompts, args.prompts * max(args.concurrency)))
-    write_dataset([q.turns[0] for q in questions[::stride]], folder / "chats.json")
+    chats = _mixed(load_questions(args.data))
+    write_dataset([question.turns[0] for question in chats], folder / "chats.json")
 
     results: dict[str, Any] = {
         "kind": "serving",
         "settings": recorded(args) | {"data": [path.name for path in args.data]},
         "notes": target.notes(args.target),
         "runs": [],
+        "summary": [],
         "errors": {},
     }
     for start in range(0, len(configurations), args.servers_at_once):
@@ -101,13 +100,19 @@ def run(args: argparse.Namespace) -> int:
     return 1 if results["errors"] else 0
 
 
+def _mixed(questions: Sequence[Question]) -> list[Question]:
+    """The data sets take turns, and so do the categories within each."""
+    by_category = take_turns(questions, lambda question: (question.dataset, question.category))
+    return take_turns(by_category, lambda question: question.dataset)
+
+
 def _measure(
     args: argparse.Namespace,
     configurations: Sequence[Configuration],
     folder: Path,
     results: dict[str, Any],
 ) -> None:
-    """Start the servers together, and ask one after the other."""
+    """Start the servers together, and ask those that stand."""
     with ExitStack() as stack:
         servers = {
             configuration.name: stack.enter_context(
@@ -122,20 +127,31 @@ def _measure(
             except WorkerError as error:
                 results["errors"][name] = str(error)
                 del servers[name]
-        for concurrency in args.concurrency:
-            for name, server in list(servers.items()):
-                try:
-                    measured = _ask(
-                        args, server.port, concurrency, folder / f"{name}-{concurrency}"
-                    )
-                except WorkerError as error:
-                    results["errors"][name] = str(error)
-                    del servers[name]
-                    continue
-                results["runs"].append({"name": name, "concurrency": concurrency, **measured})
-                write_results(args.output, results, render(results))
-                print(f"{name}, {concurrency} at once: {measured}", file=sys.stderr, flush=True)
+        _ask_all(args, {name: server.port for name, server in servers.items()}, folder, results)
     write_results(args.output, results, render(results))
+
+
+def _ask_all(
+    args: argparse.Namespace, ports: dict[str, int], folder: Path, results: dict[str, Any]
+) -> None:
+    """All repeats, written after each run; a server that fails is not asked again."""
+    names = list(ports)
+    for concurrency, repeat in product(args.concurrency, range(args.repeats)):
+        for name in rotation(names, repeat):
+            if name not in ports:
+                continue
+            path = folder / f"{name}-{concurrency}-{repeat}"
+            try:
+                measured = _ask(args, ports[name], concurrency, path)
+            except WorkerError as error:
+                results["errors"][name] = str(error)
+                del ports[name]
+                continue
+            where = {"name": name, "concurrency": concurrency, "repeat": repeat}
+            results["runs"].append(where | measured)
+            results["summary"] = summarize(results["runs"])
+            write_results(args.output, results, render(results))
+            print(f"{name}, {concurrency} at once: {measured}", file=sys.stderr, flush=True)
 
 
 def _server(
@@ -185,24 +201,3 @@ def _ask(args: argparse.Namespace, port: int, concurrency: int, path: Path) -> d
     result_path = path.with_name(f"{path.name}.json")
     result = run_client(args.target, port, options, result_path, args.timeout)
     return {key: result[key] for key in _KEPT if key in result}
-
-
-def render(results: Mapping[str, Any]) -> str:
-    """One table, and every error."""
-    settings = results["settings"]
-    rows = [
-        [
-            f"`{run['name']}`",
-            str(run["concurrency"]),
-            *(f"{run[key]:.2f}" if key in run else "" for key in _FIGURES.values()),
-        ]
-        for run in sorted(results["runs"], key=lambda run: run["concurrency"])
-    ]
-    parts = [
-        f"`vllm bench serve`: streaming chats, {settings['max_tokens']} tokens each,"
-        f" T={settings['temperature']:g}; milliseconds.",
-        *results["notes"],
-        table(["configuration", "at once", *_FIGURES], rows),
-    ]
-    parts += [failure(*item) for item in results["errors"].items()]
-    return "\n\n".join(parts) + "\n"
