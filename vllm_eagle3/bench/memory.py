@@ -1,12 +1,14 @@
 """``vllm-eagle3 bench memory``: how much KV cache a configuration leaves in the same GPU memory.
 
 Starts each configuration alone, one after the other, with the same ``gpu_memory_utilization``,
-and reads the number of KV blocks that vLLM finds room for.
+and reads the number of KV blocks that vLLM finds room for. Ratios are over the first chain; where
+none is asked for, over plain decoding, or the first tree if that is left out.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-num-seqs", type=int, default=64)
     add("--max-num-batched-tokens", type=int, default=8192)
     add("--max-model-len", type=int, default=2048)
+    add("--no-plain", action="store_true", help="leave plain decoding out")
     add("--engine", type=json.loads, default={}, help="further arguments of LLM, a JSON object")
     add("--timeout", type=float, default=400, help="seconds for the start of one engine")
     add("--output", type=Path, required=True, help="JSON file; the table goes beside it (.md)")
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a setting that cannot work, before any engine starts.
     """
-    configurations = select(args, plain=False)
+    configurations = select(args, plain=not args.no_plain)
     check_plugin(configurations)
     folder = args.output.with_suffix(".logs")
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         "kind": "memory",
         "settings": settings,
         "notes": target.notes(args.target),
+        "reference": _reference([configuration.name for configuration in configurations]),
         "engines": {},
         "errors": {},
     }
@@ -71,6 +75,11 @@ def run(args: argparse.Namespace) -> int:
         write_results(args.output, results, render(results))
     print(render(results))
     return 1 if results["errors"] else 0
+
+
+def _reference(names: Sequence[str]) -> str:
+    """The configuration that the others compare with: the first chain, else the first of all."""
+    return next((name for name in names if name.startswith("chain")), names[0])
 
 
 def _start(
@@ -87,16 +96,17 @@ def _start(
 
 
 def render(results: dict[str, Any]) -> str:
-    """One table; ratios are over the first configuration."""
-    engines = results["engines"]
+    """One table, and every error; no ratios where the reference failed."""
+    engines, reference = results["engines"], results["reference"]
     settings = results["settings"]
-    first = next(iter(engines.values()), None)
+    device = next((engine["device"] for engine in engines.values()), None)
+    base = engines[reference]["kv_cache_tokens"] if reference in engines else None
     rows = [
         [
             f"`{name}`",
             str(engine["num_gpu_blocks"]),
             str(engine["kv_cache_tokens"]),
-            f"{engine['kv_cache_tokens'] / first['kv_cache_tokens']:.4f}",
+            f"{engine['kv_cache_tokens'] / base:.4f}" if base else "-",
         ]
         for name, engine in engines.items()
     ]
@@ -104,9 +114,9 @@ def render(results: dict[str, Any]) -> str:
         f"KV cache at gpu_memory_utilization={settings['gpu_memory_utilization']:g},"
         f" max_num_seqs={settings['max_num_seqs']},"
         f" max_num_batched_tokens={settings['max_num_batched_tokens']}"
-        + (f" on {first['device']}." if first else "."),
+        + (f" on {device}." if device else "."),
         *results["notes"],
-        table(["configuration", "blocks", "tokens", "ratio"], rows),
+        table(["configuration", "blocks", "tokens", f"tokens / `{reference}`"], rows),
     ]
     parts += [failure(*item) for item in results["errors"].items()]
     return "\n\n".join(parts) + "\n"
