@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.bench.markdown import table
+from vllm_eagle3.bench.output import write_results
 from vllm_eagle3.bench.report import label, title
 
 # Settings without which tau of two heads does not compare.
@@ -42,10 +43,9 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a file holds something else, or results that do not compare.
     """
     results = collect([_read(text) for text in args.results])
-    args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     text = render(results)
-    args.output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
+    write_results(args.output, results, text)
     try:
         from vllm_eagle3.bench import heads_plot
 

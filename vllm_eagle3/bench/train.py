@@ -20,8 +20,7 @@ from typing import Any
 
 from vllm_eagle3.bench.markdown import failure, table
 from vllm_eagle3.bench.options import check_positive
-from vllm_eagle3.corpus import write_json
-from vllm_eagle3.files import replacing
+from vllm_eagle3.bench.output import write_results
 
 # Changes of the settings; None is the loop of train_naive.py.
 SIDES: dict[str, dict[str, Any] | None] = {
@@ -90,12 +89,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name} ...", file=sys.stderr)
         sides[name] = measured_apart(job)
     results = {"target": Path(args.target).name, "settings": settings, "sides": sides}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.output, results)
     text = render(results)
-    with replacing(args.output.with_suffix(".md")) as scratch:
-        scratch.write_text(text, encoding="utf-8")
     print(text)
+    write_results(args.output, results, text)
     return int(any("error" in side for side in sides.values()))
 
 
