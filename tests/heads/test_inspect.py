@@ -90,6 +90,34 @@ def test_eagle_3_1(tmp_path, capsys):
     assert found["norm_output"]["value"] is True
 
 
+@pytest.mark.parametrize("name", ["fc_norm", "norm_output", "norm_before_residual"])
+def test_switches_where_vllm_does_not_look(tmp_path, target, capsys, name):
+    """In eagle_config alone: vLLM would build another head; convert-head moves them up."""
+    norms = {f"fc_norm.{i}.weight": torch.ones(HIDDEN) for i in range(3)}
+    weights = checkpoints.tensors() | (norms if name == "fc_norm" else {})
+    nested = checkpoints.flat(eagle_config={name: True, "conventions": "vllm"})
+    source = checkpoints.write(tmp_path / "head", nested, weights)
+    code, found = inspected(capsys, source)
+    assert (code, found["serving"]["chain"], found["serving"]["tree"]) == (1, False, False)
+    [refusal] = found["serving"]["refusals"]
+    assert f"{name} stands in eagle_config, where vLLM does not look" in refusal
+    convert = ["convert-head", str(source), str(tmp_path / "out"), "--target", str(target)]
+    assert cli.main(convert) == 0
+    capsys.readouterr()
+    code, found = inspected(capsys, tmp_path / "out")
+    assert (code, found["serving"]["refusals"]) == (0, [])
+    assert checkpoints.read(tmp_path / "out")[0][name] is True
+
+
+def test_norm_before_fc_is_read_in_both_places(tmp_path, capsys):
+    weights = checkpoints.tensors() | {"input_norm.weight": torch.ones(3 * HIDDEN)}
+    switch = {"norm_before_fc": True}
+    for place, changes in (("top", switch), ("nested", {"eagle_config": switch})):
+        source = checkpoints.write(tmp_path / place, checkpoints.flat(**changes), weights)
+        code, found = inspected(capsys, source)
+        assert (code, found["serving"]["tree"]) == (0, True)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_eagle_1(tmp_path, capsys, bias):
     weights = {

@@ -102,7 +102,12 @@ def test_a_head_that_vllm_computes_otherwise_is_refused(tmp_path: Path) -> None:
 
     for changes, message in (
         ({"norm_before_residual": True}, "norm_before_residual not known"),
-        ({"eagle_config": {"norm_before_residual": True}}, "norm_before_residual not known"),
+        ({"norm_before_fc": True}, "norm_before_fc not known"),
+        ({"eagle_config": {"norm_before_fc": True}}, "norm_before_fc not known"),
+        *(
+            ({"eagle_config": {name: True}}, f"{name} stands in eagle_config, .*convert-head")
+            for name in ("fc_norm", "norm_before_residual", "norm_output")
+        ),
         ({"fc_norm": True}, r"fc_norm\.0\.weight missing"),
         ({"intermediate_size": 40}, r"down_proj\.weight of shape \(32, 48\), not \(32, 40\)"),
     ):

@@ -14,6 +14,8 @@ SPECULATORS, EAGLE_REPOSITORY, FLAT = "speculators", "EAGLE repository", "flat"
 # What `convert-head` writes into a flat head's `eagle_config`: the layer ids count the layer
 # entered and `norm_output` means that the normed state is fed back, as vLLM reads both.
 CONVENTIONS_KEY, OUR_CONVENTIONS = "conventions", "vllm"
+# vLLM's heads read these at the top of a config only; `norm_before_fc` in `eagle_config`, too.
+_TOP_ONLY = ("fc_norm", "norm_before_residual", "norm_output")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Checkpoint:
         return self.config
 
     def flag(self, name: str) -> bool | None:
-        """A switch such as ``fc_norm``, from the places where vLLM looks; None if absent."""
+        """A switch such as ``fc_norm``, wherever the config has it; None if absent."""
         value = self.eagle_config.get(name, self.config.get(name))
         return None if value is None else bool(value)
 
@@ -110,6 +112,16 @@ class Checkpoint:
                     if not names or name in names:
                         tensors[name] = reader.get_tensor(key)
         return {name: tensor for name, tensor in tensors.items() if not names or name in names}
+
+
+def unread_switches(config: dict[str, Any]) -> tuple[str, ...]:
+    """Switches of a ``config.json`` that its ``eagle_config`` sets and vLLM reads otherwise."""
+    nested = config.get("eagle_config") or {}
+    return tuple(
+        name
+        for name in _TOP_ONLY
+        if name in nested and bool(nested[name]) != bool(config.get(name))
+    )
 
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64", "bool": "BOOL"}

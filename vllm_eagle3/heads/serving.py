@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vllm_eagle3.heads.checkpoint import EAGLE_REPOSITORY, SPECULATORS
+from vllm_eagle3.heads.checkpoint import EAGLE_REPOSITORY, SPECULATORS, unread_switches
 from vllm_eagle3.heads.conventions import ENTERED, LAYER_IDS, LLAMA_ROPE_THETA
 from vllm_eagle3.heads.description import EAGLE1, UNKNOWN, HeadDescription
 from vllm_eagle3.heads.target import TargetShape, rope_theta
@@ -43,6 +43,11 @@ def serving(description: HeadDescription, target: TargetShape | None = None) -> 
         refusals.append("vLLM's EAGLE-1 has no bias in fc, this head has fc.bias")
     if not is_eagle1 and _captures_by_default(description) and description.num_captured != 3:
         refusals.append(f"{_UNREAD} three layers, fc takes {description.num_captured}: {_CONVERT}")
+    if not is_eagle1:
+        refusals += [
+            f"{name} stands in eagle_config, where vLLM does not look: {_CONVERT}"
+            for name in unread_switches(description.checkpoint.config)
+        ]
     chain = not refusals
     if description.num_layers != 1:
         refusals.append(f"trees need a head of one layer, this one has {description.num_layers}")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from vllm_eagle3.files import replacing, writing
+from vllm_eagle3.heads.checkpoint import CONVENTIONS_KEY, OUR_CONVENTIONS, unread_switches
+from vllm_eagle3.heads.conventions import LAYER_IDS
 from vllm_eagle3.train.eagle1 import Eagle1Head
 from vllm_eagle3.train.model import DraftHead, Eagle3Head, HeadConfig, captured_layers
 
@@ -16,8 +18,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _EAGLE1_ARCHITECTURE = "EagleLlamaForCausalLM"
 _EAGLE3_ARCHITECTURE = "LlamaForCausalLMEagle3"
 _CONVERT = ": write the head anew with `vllm-eagle3 convert-head`"
-_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-_OTHERS = ("norm_before_residual", "rope_scaling")  # variants without tensors of their own
+_OTHERS = ("norm_before_fc", "norm_before_residual", "rope_scaling")  # not trained here
 _RENAMED = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 
 
@@ -69,7 +70,7 @@ def checkpoint_config(config: HeadConfig, dtype: str) -> dict[str, Any]:
     """The ``config.json`` of an EAGLE-3 head."""
     # Counted as the layer entered. vLLM's runner looks for them at the top, its head for their
     # number in eagle_config.
-    captured = {"eagle_aux_hidden_state_layer_ids": list(config.aux_layer_ids)}
+    captured = {LAYER_IDS: list(config.aux_layer_ids)}
     return {
         "architectures": [_EAGLE3_ARCHITECTURE],
         "draft_vocab_size": config.draft_vocab_size,
@@ -77,7 +78,11 @@ def checkpoint_config(config: HeadConfig, dtype: str) -> dict[str, Any]:
         # EAGLE-3.1, as vLLM reads it: SpecForge gives norm_output another meaning.
         **{name: True for name in ("fc_norm", "norm_output") if getattr(config, name)},
         **captured,
-        "eagle_config": {"conventions": "vllm", **captured, "use_aux_hidden_state": True},
+        "eagle_config": {
+            CONVENTIONS_KEY: OUR_CONVENTIONS,
+            **captured,
+            "use_aux_hidden_state": True,
+        },
     }
 
 
@@ -86,7 +91,7 @@ def eagle1_config(config: HeadConfig, dtype: str) -> dict[str, Any]:
     return {
         "architectures": [_EAGLE1_ARCHITECTURE],
         **_layer_config(config, dtype),
-        "eagle_config": {"conventions": "vllm"},
+        "eagle_config": {CONVENTIONS_KEY: OUR_CONVENTIONS},
     }
 
 
@@ -149,35 +154,41 @@ def load_head(
         name: weight.float() if weight.is_floating_point() else weight
         for name, weight in load_file(path / "model.safetensors").items()
     }
-    flags = stored | (stored.get("eagle_config") or {})  # vLLM looks in both
+    nested = stored.get("eagle_config") or {}
     if stored["architectures"] == [_EAGLE1_ARCHITECTURE]:
         if output_matrix is None:
             raise ValueError(f"{path} is an EAGLE-1 head: it needs the target's output matrix")
-        head = Eagle1Head(_head_config(path, flags, ()), embedding, output_matrix)
+        head = Eagle1Head(_head_config(path, stored, ()), embedding, output_matrix)
     else:
         if num_target_layers is None:
-            layers = flags.get(_LAYER_IDS)
+            layers = stored.get(LAYER_IDS) or nested.get(LAYER_IDS)
         else:
-            layers = stored.get(_LAYER_IDS) or captured_layers(num_target_layers)
+            layers = stored.get(LAYER_IDS) or captured_layers(num_target_layers)
         if not layers:
             raise ValueError(f"{path}: config.json does not name the layers that the head captures")
         num_drafted = len(weights.get("lm_head.weight", ()))
         offsets = weights.get("d2t", torch.zeros(num_drafted, dtype=torch.int64))
         ids = offsets + torch.arange(num_drafted)
-        head = Eagle3Head(_head_config(path, flags, tuple(layers)), embedding, ids)
-    _check_parts(path, flags, weights, head.state_dict())
+        head = Eagle3Head(_head_config(path, stored, tuple(layers)), embedding, ids)
+    _check_parts(path, stored, weights, head.state_dict())
     head.load_state_dict({"d2t": head.d2t, "t2d": head.t2d} | weights)
     return head
 
 
 def _check_parts(
     path: Path,
-    flags: dict[str, Any],
+    config: dict[str, Any],
     found: dict[str, torch.Tensor],
     known: dict[str, torch.Tensor],
 ) -> None:
     """Refuse what would be computed differently from what vLLM does with the same files."""
-    wrong = [f"{name} not known" for name in _OTHERS if flags.get(name)]
+    nested = config.get("eagle_config") or {}
+    wrong = [
+        f"{name} stands in eagle_config, where vLLM does not look{_CONVERT}"
+        for name in unread_switches(config)
+    ]
+    switches = {"norm_before_fc": nested.get("norm_before_fc", config.get("norm_before_fc"))}
+    wrong += [f"{name} not known" for name in _OTHERS if (config | switches).get(name)]
     wrong += [f"{name} not known" for name in sorted(found.keys() - known.keys())]
     wrong += [f"{name} missing" for name in sorted(known.keys() - found.keys() - {"d2t", "t2d"})]
     wrong += [
@@ -189,12 +200,12 @@ def _check_parts(
         raise ValueError(f"{path} is no head that PyTorch can draft with here: {', '.join(wrong)}")
 
 
-def _head_config(path: Path, flags: dict[str, Any], aux_layer_ids: tuple[int, ...]) -> HeadConfig:
-    sizes = {"draft_vocab_size": flags["vocab_size"]}
+def _head_config(path: Path, stored: dict[str, Any], aux_layer_ids: tuple[int, ...]) -> HeadConfig:
+    sizes = {"draft_vocab_size": stored["vocab_size"]}
     for field in fields(HeadConfig):
         key = _RENAMED.get(field.name, field.name)
-        if key in flags:
-            sizes[field.name] = flags[key]
+        if key in stored:
+            sizes[field.name] = stored[key]
     sizes["aux_layer_ids"] = aux_layer_ids
     try:
         return HeadConfig(**sizes)
