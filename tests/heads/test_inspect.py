@@ -8,7 +8,7 @@ import torch
 
 import vllm_eagle3
 from tests.heads import checkpoints
-from tests.heads.checkpoints import HIDDEN, LEFT
+from tests.heads.checkpoints import ENTERED, HIDDEN, LEFT
 from vllm_eagle3 import cli
 from vllm_eagle3.heads.conventions import LAYER_IDS
 
@@ -49,7 +49,19 @@ def test_a_head_that_fits(tmp_path, target, capsys):
         "tree": True,
         "refusals": [],
         "warnings": [],
+        "notes": [],
     }
+
+
+def test_what_concerns_sglang_alone_is_no_warning(target, capsys, tmp_path):
+    config = checkpoints.flat(**{LAYER_IDS: list(ENTERED)})
+    source = checkpoints.write(tmp_path / "head", config, checkpoints.tensors())
+    _, found = inspected(capsys, source, "--target", str(target))
+    assert found["serving"]["warnings"] == []
+    [note] = found["serving"]["notes"]
+    assert note.startswith("SGLang reads layer ids as layers left")
+    assert cli.main(["inspect", str(source), "--target", str(target)]) == 0
+    assert f"      note: {note}\n" in capsys.readouterr().out
 
 
 def test_layers_left_draft_badly_as_they_lie(tmp_path, target, capsys):

@@ -51,6 +51,8 @@ def report(
         yield f"      refused: {reason}"
     for warning in verdict.warnings:
         yield f"      warning: {warning}"
+    for note in verdict.notes:
+        yield f"      note: {note}"
 
 
 def _rows(head: HeadDescription) -> Iterator[tuple[str, str]]:

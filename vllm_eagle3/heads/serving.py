@@ -21,22 +21,23 @@ class Serving:
         chain: vLLM loads it as a chain.
         tree: this plugin serves it as a tree.
         refusals: why not, for whichever is False.
-        warnings: it loads, but may draft badly.
+        warnings: vLLM loads it, but it may draft badly.
+        notes: what SGLang makes of the same files.
     """
 
     method: str | None
     chain: bool
     tree: bool
     refusals: tuple[str, ...]
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def serving(description: HeadDescription, target: TargetShape | None = None) -> Serving:
     """How vLLM and this plugin serve a head as it lies on disk."""
     if description.kind == UNKNOWN:
-        return Serving(
-            None, False, False, ("no EAGLE head: fc.weight or the norms do not match",), ()
-        )
+        refusal = "no EAGLE head: fc.weight or the norms do not match"
+        return Serving(None, False, False, (refusal,))
     is_eagle1 = description.kind == EAGLE1
     refusals = [*description.problems, *misfits(description, target)]
     if is_eagle1 and "fc.bias" in description.checkpoint.entries:
@@ -57,6 +58,7 @@ def serving(description: HeadDescription, target: TargetShape | None = None) -> 
         not refusals,
         tuple(refusals),
         () if is_eagle1 else tuple(_warnings(description, target)),
+        () if is_eagle1 else tuple(_notes(description)),
     )
 
 
@@ -116,11 +118,6 @@ def _layer_warnings(description: HeadDescription, target: TargetShape | None) ->
             f"vLLM reads the layer ids {ids} as layers entered; these count the layer left, so it "
             f"would capture one too early: {_CONVERT}"
         )
-    if convention.value == ENTERED and description.checkpoint.layout != SPECULATORS:
-        yield (
-            "SGLang reads layer ids as layers left and would capture one too late: convert-head "
-            "leaves ids out where they are the default of both"
-        )
 
 
 def _warnings(description: HeadDescription, target: TargetShape | None) -> Iterator[str]:
@@ -132,5 +129,15 @@ def _warnings(description: HeadDescription, target: TargetShape | None) -> Itera
     served = rope_theta(description.checkpoint.model_config) or LLAMA_ROPE_THETA
     if description.rotary.value != served:
         yield f"vLLM takes the rotary base {served:g}: {description.rotary.reason}"
+
+
+def _notes(description: HeadDescription) -> Iterator[str]:
+    convention = description.convention
+    stored_as_entered = convention.stored is not None and convention.value == ENTERED
+    if stored_as_entered and description.checkpoint.layout != SPECULATORS:
+        yield (
+            "SGLang reads layer ids as layers left and would capture one too late: convert-head "
+            "leaves ids out where they are the default of both"
+        )
     if description.checkpoint.layout == EAGLE_REPOSITORY:
         yield f"SGLang does not know this architecture's name: {_CONVERT}"
