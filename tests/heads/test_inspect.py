@@ -93,6 +93,14 @@ def test_a_head_of_another_target(tmp_path, capsys):
     assert "vocabulary of 64 tokens" in found["serving"]["refusals"][0]
 
 
+def test_a_target_too_shallow_for_three_states(tmp_path, capsys):
+    source = checkpoints.write(tmp_path / "head", checkpoints.flat(), checkpoints.tensors())
+    for depth, fits in ((6, False), (7, True)):
+        target = checkpoints.write_target(tmp_path / str(depth), num_hidden_layers=depth)
+        _, found = inspected(capsys, source, "--target", str(target))
+        assert (found["fits_target"], found["serving"]["chain"]) == (fits, fits)
+
+
 def test_eagle_3_1(tmp_path, capsys):
     norms = {f"fc_norm.{i}.weight": torch.ones(HIDDEN) for i in range(3)}
     config = checkpoints.speculators(fc_norm=True, norm_output=True)

@@ -12,6 +12,7 @@ from vllm_eagle3.heads.checkpoint import Checkpoint
 from vllm_eagle3.heads.conventions import LAYER_IDS
 from vllm_eagle3.heads.description import EAGLE1, EAGLE3, EAGLE31, describe
 from vllm_eagle3.heads.serving import serving
+from vllm_eagle3.heads.target import TargetShape
 from vllm_eagle3.train.data import epoch_batches
 from vllm_eagle3.train.export import export, load_head
 from vllm_eagle3.train.objectives import OBJECTIVES
@@ -49,6 +50,23 @@ def test_layer_ids_are_where_vllm_looks_for_them(name: str, tmp_path: Path) -> N
     config = json.loads((tmp_path / "config.json").read_text())
     ids = list(head.config.aux_layer_ids)
     assert config[LAYER_IDS] == config["eagle_config"][LAYER_IDS] == ids
+
+
+@pytest.mark.parametrize(("name", "written"), [("eagle3", False), ("eagle3-top", True)])
+def test_default_layer_ids_are_left_out(name: str, written: bool, tmp_path: Path) -> None:
+    """So that SGLang, which counts ids otherwise than vLLM, captures the same layers."""
+    target, head = small.head_for(OBJECTIVES[name], torch.float32)
+    depth = target.config.num_hidden_layers
+    export(head, tmp_path, num_target_layers=depth)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (LAYER_IDS in config, LAYER_IDS in config["eagle_config"]) == (written, written)
+    loaded = load_head(tmp_path, target.embedding, num_target_layers=depth)
+    assert loaded.config.aux_layer_ids == head.config.aux_layer_ids
+    shape = TargetShape("target", target.config.hidden_size, target.config.vocab_size, depth)
+    description = describe(Checkpoint.open(tmp_path), shape)
+    verdict = serving(description, shape)
+    assert description.layers_entered == head.config.aux_layer_ids
+    assert (verdict.tree, verdict.warnings, bool(verdict.notes)) == (True, (), written)
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))

@@ -11,6 +11,7 @@ from vllm_eagle3.train.model import HeadConfig, captured_layers
 def test_captured_states_are_the_inputs_of_layers_2_half_and_3_from_the_end() -> None:
     target, head = small.pair(torch.float32)
     assert captured_layers(30) == (2, 15, 27)
+    assert captured_layers(7) == (2, 3, 4)
     tokens = next(epoch_batches(small.documents(4), 512, 64, seed=0))
     states = target.model.model(tokens.tokens_BT, output_hidden_states=True).hidden_states
     target._captured.clear()
@@ -24,7 +25,7 @@ def test_captured_states_are_the_inputs_of_layers_2_half_and_3_from_the_end() ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 5}, "at least 8 layers"),
+        ({"num_hidden_layers": 6}, "at least 7 layers"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "linear"),
     ],
 )

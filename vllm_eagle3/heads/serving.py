@@ -78,8 +78,12 @@ def misfits(description: HeadDescription, target: TargetShape | None) -> list[st
             f"{target.name} has {target.vocab_size}"
         )
     layers = description.layers_entered or ()
-    if description.num_captured != 1 and any(not 0 <= e <= target.num_layers for e in layers):
-        found.append(f"made for layers {list(layers)}, {target.name} has {target.num_layers}")
+    outside = any(not 0 <= e <= target.num_layers for e in layers)
+    if description.num_captured != 1 and (outside or len(set(layers)) < len(layers)):
+        found.append(
+            f"made for layers {list(layers)}: in the {target.num_layers} of {target.name} these "
+            "are not as many different ones"
+        )
     return found
 
 

@@ -50,8 +50,16 @@ class TargetShape:
 
     @property
     def default_layers(self) -> tuple[int, int, int]:
-        """The layers entered that EAGLE-3 captures unless told otherwise (2, L//2, L-3)."""
-        return (2, self.num_layers // 2, self.num_layers - 3)
+        """As :func:`default_layers`."""
+        return default_layers(self.num_layers)
+
+
+def default_layers(num_layers: int) -> tuple[int, int, int]:
+    """The layers entered that vLLM and SGLang capture unless told otherwise: 2, L//2, L-3.
+
+    They are three different ones in a target of 7 layers or more.
+    """
+    return (2, num_layers // 2, num_layers - 3)
 
 
 def rope_theta(config: dict[str, Any]) -> float | None:

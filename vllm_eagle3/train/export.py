@@ -11,6 +11,7 @@ import torch
 from vllm_eagle3.files import replacing, writing
 from vllm_eagle3.heads.checkpoint import CONVENTIONS_KEY, OUR_CONVENTIONS, unread_switches
 from vllm_eagle3.heads.conventions import LAYER_IDS
+from vllm_eagle3.heads.target import default_layers
 from vllm_eagle3.train.eagle1 import Eagle1Head
 from vllm_eagle3.train.model import DraftHead, Eagle3Head, HeadConfig, captured_layers
 
@@ -23,7 +24,11 @@ _RENAMED = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_h
 
 
 def export(
-    head: DraftHead, out_dir: Path, card: str | None = None, dtype: str = "bfloat16"
+    head: DraftHead,
+    out_dir: Path,
+    card: str | None = None,
+    dtype: str = "bfloat16",
+    num_target_layers: int | None = None,
 ) -> Path:
     """Write ``config.json``, ``model.safetensors`` and, given a card, ``README.md``.
 
@@ -32,6 +37,7 @@ def export(
 
     Args:
         dtype: of the weights, ``"bfloat16"`` or ``"float32"``.
+        num_target_layers: as :func:`checkpoint_config` takes it.
 
     Raises:
         ValueError: the disk is full or not writable.
@@ -53,7 +59,7 @@ def export(
         del weights["d2t"], weights["t2d"]  # the vocabulary is the target's
         config = eagle1_config(head.config, dtype)
     else:
-        config = checkpoint_config(head.config, dtype)
+        config = checkpoint_config(head.config, dtype, num_target_layers)
     with ExitStack() as files:
 
         def scratch(name: str) -> Path:
@@ -66,11 +72,20 @@ def export(
     return out_dir
 
 
-def checkpoint_config(config: HeadConfig, dtype: str) -> dict[str, Any]:
-    """The ``config.json`` of an EAGLE-3 head."""
-    # Counted as the layer entered. vLLM's runner looks for them at the top, its head for their
-    # number in eagle_config.
-    captured = {LAYER_IDS: list(config.aux_layer_ids)}
+def checkpoint_config(
+    config: HeadConfig, dtype: str, num_target_layers: int | None = None
+) -> dict[str, Any]:
+    """The ``config.json`` of an EAGLE-3 head.
+
+    Args:
+        num_target_layers: given, the layer ids are left out where they are the default of every
+            engine (2, L//2, L-3): vLLM counts ids as the layer entered, SGLang as the layer left,
+            so only a head without ids serves in both.
+    """
+    captured: dict[str, Any] = {}
+    if num_target_layers is None or config.aux_layer_ids != default_layers(num_target_layers):
+        # vLLM's runner looks for them at the top, its head for their number in eagle_config.
+        captured = {LAYER_IDS: list(config.aux_layer_ids)}
     return {
         "architectures": [_EAGLE3_ARCHITECTURE],
         "draft_vocab_size": config.draft_vocab_size,
@@ -165,7 +180,10 @@ def load_head(
         else:
             layers = stored.get(LAYER_IDS) or captured_layers(num_target_layers)
         if not layers:
-            raise ValueError(f"{path}: config.json does not name the layers that the head captures")
+            raise ValueError(
+                f"{path}: config.json does not name the layers that the head captures, and without "
+                "num_target_layers the default is not known"
+            )
         num_drafted = len(weights.get("lm_head.weight", ()))
         offsets = weights.get("d2t", torch.zeros(num_drafted, dtype=torch.int64))
         ids = offsets + torch.arange(num_drafted)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Self
 
+from vllm_eagle3.heads.target import default_layers
+
 
 @dataclass(frozen=True)
 class HeadConfig:
@@ -83,11 +85,14 @@ def captured_layers(num_layers: int) -> tuple[int, int, int]:
 
     State i is the residual stream before layer i, hence ``hidden_states[i]`` of a
     Transformers model and ``aux_hidden_state_layers`` of a vLLM model.
+
+    Raises:
+        ValueError: the target is too shallow for three different ones.
     """
-    layers = 2, num_layers // 2, num_layers - 3
-    if not 0 < layers[0] < layers[1] < layers[2]:
+    layers = default_layers(num_layers)
+    if not layers[0] < layers[1] < layers[2]:
         raise ValueError(
             f"a target of {num_layers} layers has no three different states to capture at "
-            "2, L//2 and L-3: it needs at least 8 layers"
+            "2, L//2 and L-3: it needs at least 7 layers"
         )
     return layers

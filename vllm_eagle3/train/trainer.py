@@ -99,7 +99,8 @@ class _Trainer:
                 self._save_state()  # before what may yet fail or be interrupted
             self._evaluate()
             if self.world.is_main:
-                export(self.learner.head, self.out_dir, self._card())
+                depth = self.learner.target.config.num_hidden_layers
+                export(self.learner.head, self.out_dir, self._card(), num_target_layers=depth)
         return self.out_dir
 
     def _begin(self, resume: bool) -> None:
