@@ -1,0 +1,115 @@
+"""The scripts of examples/, with a stub in the place of the command that they call."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# Writes what `vllm-eagle3` writes, logs each call, and fails where the call has the word $FAIL.
+# An evaluation that fails has written its results before, as the real one does.
+STUB = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >> "$CALLS"
+words=("$@")
+for i in "${!words[@]}"; do
+  case ${words[$i]} in
+    --out) mkdir -p "${words[$i + 1]}" && head=${words[$i + 1]}/model.safetensors ;;
+    --output) echo '{}' > "${words[$i + 1]}" ;;
+  esac
+done
+[[ -n "$FAIL" && " $* " =~ $FAIL ]] && { echo "no such luck"; exit 1; }
+[ -z "${head:-}" ] || touch "$head"
+"""
+HEADS = ["eagle1", "eagle3", "eagle3-top", "eagle3.1", "hass"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "bin").mkdir()
+    stub = tmp_path / "bin" / "vllm-eagle3"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    (tmp_path / "data").mkdir()
+    for number in range(8):
+        (tmp_path / "data" / f"shard-{number:05d}.safetensors").touch()
+    return tmp_path
+
+
+def compare(
+    folder: Path, fail: str = "", **settings: str
+) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
+    """Run ``compare_heads.sh``; what it ended with, and its calls of ``vllm-eagle3``."""
+    calls = folder / "calls"
+    calls.unlink(missing_ok=True)
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", EXAMPLES / "compare_heads.sh", "target", folder / "data", folder / "out"],
+        env=os.environ | {"PATH": path, "CALLS": str(calls), "FAIL": fail} | settings,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    return result, [line.split() for line in lines]
+
+
+def option(call: list[str], name: str) -> str:
+    return call[call.index(name) + 1]
+
+
+def trained(calls: list[list[str]]) -> list[str]:
+    return sorted(Path(option(call, "--out")).name for call in calls if call[0] == "train")
+
+
+def evaluated(calls: list[list[str]]) -> list[str]:
+    return sorted(Path(option(call, "--output")).stem for call in calls if call[0] == "eval")
+
+
+def test_every_head_is_trained_evaluated_and_in_the_table(folder: Path) -> None:
+    result, calls = compare(folder, SHARES="4 2", STEPS="1000")
+    assert (result.returncode, result.stderr) == (0, "")
+    shares = ["eagle3-1of2", "eagle3-1of4"]
+    assert trained(calls) == sorted([*HEADS, *shares])
+    assert evaluated(calls) == sorted([*HEADS, *shares, "eagle1-static"])
+    steps = {Path(option(c, "--out")).name: option(c, "--steps") for c in calls if "--steps" in c}
+    assert (steps["eagle3"], steps["eagle3-1of4"]) == ("1000", "250")
+    links = sorted(path.name for path in (folder / "out" / "data-4").iterdir())
+    assert links == ["shard-00000.safetensors", "shard-00004.safetensors"]
+    table = " ".join(calls[-1])
+    assert table.startswith("bench heads ")
+    for name in [*HEADS, *shares, "eagle1-static"]:
+        assert f"{folder}/out/{name}.json" in table
+        assert json.loads((folder / "out" / f"{name}.json").read_text()) == {}
+    assert not list((folder / "out").glob("*.partial"))
+
+
+def test_no_shares(folder: Path) -> None:
+    result, calls = compare(folder, SHARES="")
+    assert (result.returncode, trained(calls)) == (0, HEADS)
+    assert evaluated(calls) == sorted([*HEADS, "eagle1-static"])
+    assert "1of" not in " ".join(calls[-1])
+
+
+@pytest.mark.parametrize("jobs", ["1", "4"])
+def test_a_failed_training_names_its_log(folder: Path, jobs: str) -> None:
+    result, calls = compare(folder, fail="^ train .*--objective hass ", JOBS=jobs)
+    assert result.returncode != 0
+    assert f"training hass failed: {folder}/out/hass.train.log\n" in result.stderr
+    assert (folder / "out" / "hass.train.log").read_text() == "no such luck\n"
+    assert not evaluated(calls)
+
+
+def test_a_failed_evaluation_is_made_again(folder: Path) -> None:
+    result, calls = compare(folder, fail="^ eval .*/eagle3[.]1[.]json ", SHARES="", JOBS="2")
+    assert result.returncode != 0
+    assert f"evaluating eagle3.1 failed: {folder}/out/eagle3.1.eval.log\n" in result.stderr
+    assert not (folder / "out" / "eagle3.1.json").exists()
+    assert calls[-1][:2] != ["bench", "heads"]
+    made = {path.stem for path in (folder / "out").glob("*.json")}
+    result, calls = compare(folder, SHARES="", JOBS="2")
+    assert (result.returncode, trained(calls)) == (0, [])
+    assert evaluated(calls) == sorted({*HEADS, "eagle1-static"} - made)
+    assert calls[-1][:2] == ["bench", "heads"]
