@@ -23,10 +23,9 @@ MAY_IMPORT = {
     "corpus": {"files"},
     "data": {"corpus", "files"},
     "tree": {"config", "paths"},
-    "metrics": {"tree"},
     "ops": {"config", "tree"},
     "heads": {"config"},
-    "engine": {"config", "corpus", "data", "heads", "tree", "metrics", "ops"},
+    "engine": {"config", "corpus", "data", "heads", "tree", "ops"},
     "train": {"config", "corpus", "data", "files", "heads", "tree"},
 }
 ANYTHING = {"bench", "cli", "demo"}
@@ -39,7 +38,6 @@ HEAVY = {
     "data": {"transformers"},
     "cli": set(),
     "tree": {"torch"},
-    "metrics": {"torch"},
     "ops": {"torch", "triton"},
     "heads": {"torch"},
     "train": {"torch", "transformers"},

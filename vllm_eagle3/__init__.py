@@ -1,4 +1,4 @@
-"""Dynamic EAGLE-3 draft trees for vLLM.
+"""EAGLE draft trees for vLLM, dynamic or static.
 
 Importing this package loads neither torch nor vLLM; vLLM finds the plugin through
 the entry point ``vllm.general_plugins``.

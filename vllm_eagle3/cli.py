@@ -60,7 +60,7 @@ COMMANDS = (
         "what is in training data, and does it resemble your traffic?",
         "train",
     ),
-    Command(("train",), "vllm_eagle3.train.trainer", "train an EAGLE-3 head", "train"),
+    Command(("train",), "vllm_eagle3.train.trainer", "train a draft head", "train"),
     Command(
         ("eval",),
         "vllm_eagle3.bench.evaluate",
@@ -154,7 +154,7 @@ def _fail(message: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vllm-eagle3", description="Dynamic EAGLE-3 draft trees for vLLM."
+        prog="vllm-eagle3", description="EAGLE draft trees for vLLM, dynamic or static."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = _subcommands(parser)

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from vllm_eagle3.heads.conventions import LAYER_IDS
 from vllm_eagle3.heads.description import HeadDescription
 from vllm_eagle3.heads.flat import captured_layers, layer_config, norm_flags, torch_dtype
 from vllm_eagle3.heads.target import TargetShape
@@ -22,7 +23,7 @@ def speculators_config(head: HeadDescription, target: TargetShape, name: str) ->
     return {
         "architectures": ["Eagle3DraftModel"],
         "draft_vocab_size": head.vocabulary.size,
-        "eagle_aux_hidden_state_layer_ids": list(captured_layers(head)),
+        LAYER_IDS: list(captured_layers(head)),
         **norm_flags(head),
         "speculators_config": {
             "algorithm": "eagle3",

@@ -53,6 +53,3 @@ def channel_scale(inputs_MF: torch.Tensor) -> torch.Tensor:
     """One over the root mean square of each channel, float32 [F]; bounded for dead channels."""
     size_F = inputs_MF.float().square().mean(0).sqrt()
     return 1 / size_F.clamp(min=1e-3 * size_F.mean().clamp(min=1e-6))
-
-
-initialise = initialise_eagle3  # its former name
