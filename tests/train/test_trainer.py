@@ -14,6 +14,10 @@ from safetensors.torch import load_file
 
 from tests.train import small
 from vllm_eagle3.corpus import Document, write_shard
+from vllm_eagle3.heads.checkpoint import Checkpoint
+from vllm_eagle3.heads.description import describe
+from vllm_eagle3.heads.serving import serving
+from vllm_eagle3.heads.target import TargetShape
 from vllm_eagle3.train import trainer
 from vllm_eagle3.train.data import epoch_batches
 from vllm_eagle3.train.export import export, load_head
@@ -171,12 +175,15 @@ def test_every_objective_trains_resumes_and_is_written(
     setup: Path, tmp_path: Path, objective: str
 ) -> None:
     for steps in (1, 2):
-        settings = CONFIG | {"num_ttt_steps": None, "objective": objective, "log_every": 1}
-        settings |= {"eval_documents": 1}
-        config = TrainConfig(**settings, steps=steps)
+        settings = CONFIG | {"num_ttt_steps": None, "log_every": 1, "eval_documents": 1}
+        config = TrainConfig(**settings, objective=objective, steps=steps)
         train(setup / "target", setup / "data", tmp_path, config, "cpu", resume=steps > 1)
     assert [entry["step"] for entry in log(tmp_path, "step")] == [1, 2]
     assert OBJECTIVES[objective].title in (tmp_path / "README.md").read_text()
+    target = TargetShape.read(setup / "target")
+    found = serving(describe(Checkpoint.open(tmp_path), target), target)
+    # Layer ids, which SGLang counts otherwise, only where they are not the default.
+    assert (found.tree, found.warnings, len(found.notes)) == (True, (), objective == "eagle3-top")
 
 
 def test_hass_may_begin_without_top_k_distillation(setup: Path, tmp_path: Path) -> None:
