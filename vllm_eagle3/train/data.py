@@ -97,12 +97,13 @@ def epoch_batches(
     """All documents once, in an order that ``seed`` fixes.
 
     Args:
-        batch_tokens: most tokens of a batch, padding included.
-        max_length: longer documents are cut; at most ``batch_tokens``.
+        batch_tokens: most tokens of a batch, padding included; a longer document is a batch by
+            itself, uncut.
+        max_length: longer documents are cut.
     """
-    max_length = min(max_length, batch_tokens)
     rng = np.random.default_rng(seed)
     lengths = np.array([min(len(d.tokens), max_length) for d in documents])
+    max_length = min(max_length, max(batch_tokens, int(lengths.max())))  # padding included
     order = rng.permutation(len(documents))
     window = max(1, int(_WINDOW_BATCHES * batch_tokens / lengths.mean()))
     groups: list[np.ndarray] = []

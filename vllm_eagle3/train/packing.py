@@ -36,16 +36,17 @@ def packed_batches(
     """All documents once, packed, in an order that ``seed`` fixes.
 
     Args:
-        batch_tokens: of a batch; the last ones of a window may hold fewer.
+        batch_tokens: of a batch; the last ones of a window may hold fewer. No document is cut
+            to it: rows are as long as the longest one, at least.
         max_length: of a row, and of a document: longer ones are cut.
         num_steps: draft steps; so far from a document's last token no other document has one
             of the assistant's, so that no slot counts across the two.
     """
-    length = min(max_length, batch_tokens)
-    rows_of_batch = batch_tokens // length
+    sizes = np.array([min(len(d.tokens), max_length) for d in documents])
+    length = min(max_length, max(batch_tokens, int(sizes.max())))
+    rows_of_batch = max(1, batch_tokens // length)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(documents))
-    sizes = np.array([min(len(d.tokens), length) for d in documents])
     window = max(1, int(_WINDOW_BATCHES * batch_tokens / sizes.mean()))
     batches: list[list[list[int]]] = []
     for start in range(0, len(order), window):
