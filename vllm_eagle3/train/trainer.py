@@ -19,6 +19,7 @@ from vllm_eagle3.train.data import split_held_out
 from vllm_eagle3.train.distributed import World, is_main_process, joined
 from vllm_eagle3.train.evaluation import Evaluation, evaluate
 from vllm_eagle3.train.export import export
+from vllm_eagle3.train.head_config import rotary_scaling
 from vllm_eagle3.train.learner import Learner
 from vllm_eagle3.train.loader import Loader, StepBatches
 from vllm_eagle3.train.logs import RunLog, peak_memory_gib, rounded
@@ -120,6 +121,9 @@ class _Trainer:
             parameters=sum(p.numel() for p in self.learner.head.parameters()),
             target_parameters=self.learner.target.num_parameters,
         )
+        if scaling := rotary_scaling(self.learner.target.config):
+            base = self.learner.head.config.rope_theta
+            self.log.write("rotary embedding", target=scaling, head="not scaled", rope_theta=base)
 
     def _loop(self) -> None:
         self.clock.start(self.step, self.tokens_seen, self.loader.num_steps())
