@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tests.train import small
-from vllm_eagle3.corpus import write_shard
+from vllm_eagle3.corpus import Document, write_shard
+from vllm_eagle3.train import fingerprint
+from vllm_eagle3.train.features import Target
 from vllm_eagle3.train.trainer import TrainConfig, train
 
 OPTIONS = {"draft_vocab_size": 80, "batch_tokens": 512, "num_ttt_steps": 2, "eval_documents": 0}
@@ -29,3 +33,47 @@ def test_a_target_with_a_scaled_rotary_embedding_is_trained_for_and_the_log_says
     (said,) = [entry for entry in log if entry["event"] == "rotary embedding"]
     assert (said["target"], said["head"], said["rope_theta"]) == ("llama3", "not scaled", 5e5)
     assert json.loads((out / "config.json").read_text())["rope_theta"] == 5e5
+
+
+def test_a_run_does_not_go_on_with_other_data_or_another_target(data: Path, tmp_path: Path) -> None:
+    """EAGLE-1's vocabulary is the target's: it is the same whatever the data."""
+    small.llama().save_pretrained(tmp_path / "target")
+    tuned = small.llama()
+    with torch.no_grad():
+        tuned.lm_head.weight[5, 7] += 0.5
+    tuned.save_pretrained(tmp_path / "tuned")
+    options = OPTIONS | {"objective": "eagle1", "num_ttt_steps": None}
+    out = tmp_path / "out"
+
+    def run(target: str, steps: int, resume: bool = True) -> None:
+        config = TrainConfig(**options, steps=steps)
+        train(tmp_path / target, data, out, config, "cpu", resume)
+
+    run("target", 1, resume=False)
+    with pytest.raises(ValueError, match="another target: give the same"):
+        run("tuned", 2)
+    run("target", 2)
+    write_shard(data / "shard-00-00001.safetensors", small.documents(2))
+    with pytest.raises(ValueError, match="another data: give the same"):
+        run("target", 3)
+
+
+def test_fingerprints_tell_documents_and_targets_apart_but_not_precisions() -> None:
+    first, second, *_ = small.documents(2)
+    joined = [*first.tokens, *second.tokens], [*first.assistant, *second.assistant]
+    unlike = [
+        [first, second],
+        [second, first],
+        [first],
+        [Document(first.tokens, ~first.assistant), second],
+        [Document(*map(np.array, joined))],
+    ]
+    assert len({fingerprint.of_documents(documents) for documents in unlike}) == len(unlike)
+
+    def of(model: torch.nn.Module) -> str:
+        return fingerprint.of_target(Target(model, ()))
+
+    plain = of(small.llama())
+    assert plain == of(small.llama().bfloat16())
+    assert plain != of(small.llama(rope_parameters=small.LLAMA3_ROPE))
+    assert plain != of(small.llama(initializer_range=0.1))

@@ -61,11 +61,13 @@ def save(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     random_states: list[dict[str, Any]],
+    inputs: dict[str, str],
 ) -> None:
     """Write the newest state; the newest before it becomes the previous one.
 
     Args:
         random_states: of every process, by rank.
+        inputs: fingerprints of what is trained on, by name.
 
     Raises:
         ValueError: the disk is full or not writable; the states written before are intact.
@@ -84,6 +86,7 @@ def save(
                 "optimizer": optimizer.state_dict(),
                 "progress": asdict(progress),
                 "random": random_states,
+                "inputs": inputs,
             },
             scratch,
         )
@@ -94,6 +97,7 @@ def load(
     config: TrainConfig,
     head: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
+    inputs: dict[str, str],
     num_processes: int = 1,
 ) -> tuple[Progress, list[dict[str, Any]]]:
     """Restore head and optimiser from the newest state that can be read.
@@ -102,14 +106,17 @@ def load(
     batches in the same order, if processes x ``accumulate`` is what it was; but sums are
     rounded in another order, and noise is drawn anew.
 
+    Args:
+        inputs: as for :func:`save`, of this run.
+
     Returns:
         The progress and the random states, by the ranks of the processes that wrote them.
 
     Raises:
-        ValueError: there is no state, or it is of another configuration, of other data, or of
-            processes that read a step in another number of parts.
+        ValueError: there is no state, or it is of another configuration, of other inputs, or
+            of processes that read a step in another number of parts.
     """
-    path, stored = _newest(out_dir, head.d2t.device)
+    path, stored = _newest(out_dir, head.feature_scale_F.device)
     now = asdict(config)
     changed = [
         name
@@ -121,9 +128,13 @@ def load(
             f"{path} was written with another {', '.join(changed)}: give the same, or "
             "start without resume"
         )
+    known = stored.get("inputs", {})
+    if other := [name for name, value in inputs.items() if known.get(name) != value]:
+        raise ValueError(
+            f"{path} was trained with another {' and '.join(other)}: give the same, or "
+            "start without resume"
+        )
     _check_parts(path, len(stored["random"]), stored["config"], num_processes, config)
-    if not torch.equal(stored["head"]["d2t"], head.d2t):
-        raise ValueError(f"{path} was trained on other data: start without resume")
     head.load_state_dict(stored["head"])
     head.feature_scale_F.copy_(stored["feature_scale"])
     optimizer.load_state_dict(stored["optimizer"])

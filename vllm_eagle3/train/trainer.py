@@ -12,7 +12,7 @@ import torch
 
 from vllm_eagle3.corpus import read_corpus, write_json
 from vllm_eagle3.files import writing
-from vllm_eagle3.train import checkpoints, interruption
+from vllm_eagle3.train import checkpoints, fingerprint, interruption
 from vllm_eagle3.train.card import model_card
 from vllm_eagle3.train.clock import Clock
 from vllm_eagle3.train.data import split_held_out
@@ -53,14 +53,14 @@ def train(
         target: a Llama checkpoint, folder or hub name.
         data_dir: shards of ``vllm-eagle3 data synth``.
         device: ``"cuda"``, ``"cpu"``; None takes CUDA where there is some.
-        resume: go on from ``out_dir``'s state; the data and the config must be the same.
+        resume: go on from ``out_dir``'s state; target, data and config must be the same.
 
     Returns:
         ``out_dir``.
 
     Raises:
-        ValueError: no data, an unsuitable target, a state of another configuration, a full
-            disk, or a loss that is not finite.
+        ValueError: no data, an unsuitable target, a state of another configuration, target
+            or data, a full disk, or a loss that is not finite.
     """
     with joined(device) as (world, chosen):
         paths = Path(data_dir), Path(out_dir)
@@ -85,6 +85,10 @@ class _Trainer:
         corpus = read_corpus(data_dir)
         self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
         self.learner = Learner(target, self.documents, config, device, world)
+        self.inputs = {
+            "data": fingerprint.of_documents(corpus),
+            "target": fingerprint.of_target(self.learner.target),
+        }
         self.loader = Loader(self.documents, config, world, self.learner.settings.num_steps)
         self.step = self.tokens_seen = 0
         self.saved_step: int | None = None
@@ -199,7 +203,8 @@ class _Trainer:
         random_states = self.world.gather(checkpoints.random_state(self.device))
         if self.world.is_main:
             progress = checkpoints.Progress(self.step, self.tokens_seen, self.clock.seconds())
-            checkpoints.save(self.out_dir, self.config, *self._trained(), progress, random_states)
+            of_run = progress, random_states, self.inputs
+            checkpoints.save(self.out_dir, self.config, *self._trained(), *of_run)
         self.saved_step = self.step
 
     def _trained(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -207,7 +212,7 @@ class _Trainer:
 
     def _load_state(self) -> None:
         progress, random_states = checkpoints.load(
-            self.out_dir, self.config, *self._trained(), self.world.size
+            self.out_dir, self.config, *self._trained(), self.inputs, self.world.size
         )
         self.step, self.tokens_seen = progress.step, progress.tokens_seen
         self.saved_step = progress.step
