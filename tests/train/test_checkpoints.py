@@ -78,7 +78,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     assert run.load()[0].step == 1
     assert "training_state.pt cannot be read" in capsys.readouterr().err
     (tmp_path / "training_state.previous.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="cannot be read: start anew"):
+    with pytest.raises(ValueError, match="cannot be read: start anew in another --out"):
         run.load()
 
 

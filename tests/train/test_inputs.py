@@ -77,3 +77,17 @@ def test_fingerprints_tell_documents_and_targets_apart_but_not_precisions() -> N
     assert plain == of(small.llama().bfloat16())
     assert plain != of(small.llama(rope_parameters=small.LLAMA3_ROPE))
     assert plain != of(small.llama(initializer_range=0.1))
+
+
+@pytest.mark.parametrize("left", ["training_state.pt", "training_state.previous.pt"])
+def test_a_new_run_leaves_the_state_and_the_log_of_another_as_they_are(
+    data: Path, tmp_path: Path, left: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    written = {left: "a state", "training_log.jsonl": "a log"}
+    for name, text in written.items():
+        (out / name).write_text(text)
+    with pytest.raises(ValueError, match=r"with --resume, or start anew in another --out"):
+        train(tmp_path / "target", data, out, TrainConfig(**OPTIONS), "cpu")
+    assert {path.name: path.read_text() for path in out.iterdir()} == written

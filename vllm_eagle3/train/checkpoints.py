@@ -54,6 +54,20 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
+def refuse_overwriting(out_dir: Path) -> None:
+    """A new run would replace the log and the states of the one before.
+
+    Raises:
+        ValueError: ``out_dir`` holds a state.
+    """
+    for path in (out_dir / STATE_FILE, out_dir / PREVIOUS_FILE):
+        if path.exists():
+            raise ValueError(
+                f"{path} is the state of a run: go on from it with --resume, or start anew in "
+                "another --out"
+            )
+
+
 def save(
     out_dir: Path,
     config: TrainConfig,
@@ -126,13 +140,13 @@ def load(
     if changed:
         raise ValueError(
             f"{path} was written with another {', '.join(changed)}: give the same, or "
-            "start without resume"
+            "start anew in another --out"
         )
     known = stored.get("inputs", {})
     if other := [name for name, value in inputs.items() if known.get(name) != value]:
         raise ValueError(
             f"{path} was trained with another {' and '.join(other)}: give the same, or "
-            "start without resume"
+            "start anew in another --out"
         )
     _check_parts(path, len(stored["random"]), stored["config"], num_processes, config)
     head.load_state_dict(stored["head"])
@@ -155,7 +169,8 @@ def _check_parts(
     raise ValueError(
         f"{path} was written by {before} processes with accumulate={stored['accumulate']}, "
         f"{parts} parts a step; this run has {num_processes} with accumulate={config.accumulate}, "
-        f"which are other batches: {remedy}, or start without resume"
+        f"which are other batches: {remedy}, or start anew in another "
+        "--out"
     )
 
 
@@ -171,5 +186,7 @@ def _newest(out_dir: Path, device: torch.device) -> tuple[Path, dict[str, Any]]:
             unreadable.append(path.name)
             print(f"{path} cannot be read ({error}): trying the one before", file=sys.stderr)
     if unreadable:
-        raise ValueError(f"{' and '.join(unreadable)} of {out_dir} cannot be read: start anew")
+        raise ValueError(
+            f"{' and '.join(unreadable)} of {out_dir} cannot be read: start anew in another --out"
+        )
     raise ValueError(f"{out_dir / STATE_FILE} does not exist: start without resume")

@@ -60,10 +60,12 @@ def train(
 
     Raises:
         ValueError: no data, an unsuitable target, a state of another configuration, target
-            or data, a full disk, or a loss that is not finite.
+            or data, a state in the way of a new run, a full disk, or a loss that is not finite.
     """
+    paths = Path(data_dir), Path(out_dir)
+    if not resume:
+        checkpoints.refuse_overwriting(paths[1])
     with joined(device) as (world, chosen):
-        paths = Path(data_dir), Path(out_dir)
         return _Trainer(target, *paths, config or TrainConfig(), chosen, world).train(resume)
 
 
