@@ -46,6 +46,10 @@ class Loader:
     Args:
         num_draft_steps: of the objective; packed documents keep their distance by it.
 
+    Attributes:
+        group: parts of a step, over all processes.
+        part_tokens: most tokens of one.
+
     Raises:
         ValueError: a part of a step has no room for the longest document, as ``max_length``
             leaves it.

@@ -39,7 +39,8 @@ class TrainConfig:
         top_k_from: share of the run after which HASS's top-K distillation counts; with 0.5 a
             first half trains the alignment alone (weight 0), the second both.
         held_out: share of the documents kept for evaluation.
-        eval_batches: batches that the evaluation of losses reads, at most.
+        eval_batches: batches of ``batch_tokens`` that the evaluation of losses reads, at most,
+            each in as many parts as a step.
         eval_documents: documents on which the acceptance lengths of ``eval_chain`` and
             ``eval_tree`` are predicted; 0 for none.
         eval_chain: drafts of the chain.

@@ -180,6 +180,7 @@ class _Trainer:
             *(learner.head, learner.target, self.held_out, self.config, self.device),
             learner.measure,
             learner.read,
+            self.loader.group,
         )
         self.log.write("evaluation", step=self.step, **asdict(self.evaluation))
 
