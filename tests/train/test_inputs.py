@@ -1,6 +1,7 @@
-"""What a run reads and where it writes: which targets, data and folders it takes."""
+"""What a run takes: which settings, targets, data and folders to write to."""
 
 import json
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,23 @@ def test_a_new_run_leaves_the_state_and_the_log_of_another_as_they_are(
     with pytest.raises(ValueError, match=r"with --resume, or start anew in another --out"):
         train(tmp_path / "target", data, out, TrainConfig(**OPTIONS), "cpu")
     assert {path.name: path.read_text() for path in out.iterdir()} == written
+
+
+@pytest.mark.parametrize(
+    ("setting", "refused", "accepted"),
+    [
+        ("clip", [0.0, -1.0, nan], [1e-3]),
+        ("learning_rate", [0.0, -1e-4, nan], [1e-4]),
+        ("warmup", [-0.1, 1.0, nan], [0.0, 0.99]),
+        ("held_out", [-0.1, 1.0, nan], [0.0, 0.5]),
+        ("ttt_decay", [0.0, -0.8, 1.1, nan], [0.1, 1.0]),
+    ],
+)
+def test_a_setting_out_of_its_range_is_named(
+    setting: str, refused: list[float], accepted: list[float]
+) -> None:
+    for value in refused:
+        with pytest.raises(ValueError, match=f"{setting}={value} must be"):
+            TrainConfig(**{setting: value})
+    for value in accepted:
+        assert 0 < TrainConfig(**{setting: value}).rate(0.5) < 1e-3
