@@ -107,9 +107,14 @@ def epoch_batches(
     order = rng.permutation(len(documents))
     window = max(1, int(_WINDOW_BATCHES * batch_tokens / lengths.mean()))
     groups: list[np.ndarray] = []
+    waiting = order[:0]
     for start in range(0, len(order), window):
-        part = order[start : start + window]
-        groups += _cut(part[np.argsort(-lengths[part], kind="stable")], lengths, batch_tokens)
+        part = np.concatenate((waiting, order[start : start + window]))
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        # The last batch may be small, and yet a step: its documents wait for the next window.
+        *whole, waiting = _cut(part, lengths, batch_tokens)
+        groups += whole
+    groups.append(waiting)
     for group in rng.permutation(len(groups)):
         yield _pad([documents[i] for i in groups[group]], max_length)
 

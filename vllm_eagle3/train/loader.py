@@ -2,7 +2,8 @@
 
 An optimiser step reads a group of G = processes x ``accumulate`` batches, each of
 ``batch_tokens / G`` tokens; batch g of the group goes to process g modulo the number of
-processes. The epochs follow each other without a gap, and the last group may be smaller.
+processes. The epochs follow each other without a gap. The last group may hold fewer batches, and
+a few batches of an epoch fewer tokens: one of each class of lengths.
 
 All processes have as many parts in a step, so that what they do together stays in step: one
 with fewer batches reads the first of the group once more, for nothing.
