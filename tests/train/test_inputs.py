@@ -51,11 +51,11 @@ def test_a_run_does_not_go_on_with_other_data_or_another_target(data: Path, tmp_
         train(tmp_path / target, data, out, config, "cpu", resume)
 
     run("target", 1, resume=False)
-    with pytest.raises(ValueError, match="another target: give the same"):
+    with pytest.raises(ValueError, match="different target: give the same"):
         run("tuned", 2)
     run("target", 2)
     write_shard(data / "shard-00-00001.safetensors", small.documents(2))
-    with pytest.raises(ValueError, match="another data: give the same"):
+    with pytest.raises(ValueError, match="different data: give the same"):
         run("target", 3)
 
 

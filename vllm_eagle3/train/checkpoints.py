@@ -145,7 +145,7 @@ def load(
     known = stored.get("inputs", {})
     if other := [name for name, value in inputs.items() if known.get(name) != value]:
         raise ValueError(
-            f"{path} was trained with another {' and '.join(other)}: give the same, or "
+            f"{path} was trained with different {' and '.join(other)}: give the same, or "
             "start anew in another --out"
         )
     _check_parts(path, len(stored["random"]), stored["config"], num_processes, config)
@@ -169,8 +169,7 @@ def _check_parts(
     raise ValueError(
         f"{path} was written by {before} processes with accumulate={stored['accumulate']}, "
         f"{parts} parts a step; this run has {num_processes} with accumulate={config.accumulate}, "
-        f"which are other batches: {remedy}, or start anew in another "
-        "--out"
+        f"which are other batches: {remedy}, or start anew in another --out"
     )
 
 
