@@ -11,6 +11,14 @@ from vllm_eagle3.train.model import Eagle3Head
 from vllm_eagle3.train.objectives import OBJECTIVES, Objective
 
 VOCABULARY = 96
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def llama(**changes: object) -> torch.nn.Module:

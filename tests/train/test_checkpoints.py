@@ -14,6 +14,7 @@ from vllm_eagle3.train.settings import TrainConfig
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(draft_vocab_size=64)
+INPUTS = {"data": "60 documents", "target": "a hash"}
 
 
 class Run:
@@ -30,10 +31,11 @@ class Run:
         self.optimizer.step()
         states = [checkpoints.random_state(CPU)]
         progress = Progress(step, 10 * step, 1.5 * step)
-        checkpoints.save(self.out_dir, CONFIG, self.head, self.optimizer, progress, states)
+        trained = self.head, self.optimizer
+        checkpoints.save(self.out_dir, CONFIG, *trained, progress, states, INPUTS)
 
     def load(self, config: TrainConfig = CONFIG, processes: int = 1) -> tuple[Progress, list]:
-        return checkpoints.load(self.out_dir, config, self.head, self.optimizer, processes)
+        return checkpoints.load(self.out_dir, config, self.head, self.optimizer, INPUTS, processes)
 
 
 def names(folder: Path) -> list[str]:
@@ -76,7 +78,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     assert run.load()[0].step == 1
     assert "training_state.pt cannot be read" in capsys.readouterr().err
     (tmp_path / "training_state.previous.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="cannot be read: start anew"):
+    with pytest.raises(ValueError, match="cannot be read: start anew in another --out"):
         run.load()
 
 
@@ -153,6 +155,7 @@ def test_other_processes_may_go_on_if_they_read_a_step_in_as_many_parts(tmp_path
         TrainConfig(draft_vocab_size=64, accumulate=2),
         *(run.head, run.optimizer, Progress(5, 50, 1.0)),
         [checkpoints.random_state(CPU)] * 2,
+        INPUTS,
     )
     for processes, accumulate in ((1, 4), (2, 2), (4, 1)):
         config = TrainConfig(draft_vocab_size=64, accumulate=accumulate)

@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from tests.train import small
 from vllm_eagle3.corpus import Document, read_corpus, read_shard, write_shard
 from vllm_eagle3.train.data import check_documents, epoch_batches, split_held_out
+from vllm_eagle3.train.packing import packed_batches
 from vllm_eagle3.train.vocabulary import frequent_tokens
 
 
@@ -35,6 +36,18 @@ def test_long_documents_are_cut_and_padding_is_nobodys() -> None:
     long = int(batch.assistant_BT.sum(1).argmax())
     assert torch.equal(batch.tokens_BT[long], torch.arange(100))
     assert not batch.assistant_BT[torch.arange(4) != long, 60:].any()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_document_longer_than_a_batch_is_not_cut_to_it(packing: bool) -> None:
+    documents = [Document(np.arange(200), np.ones(200, bool)), *small.documents(9)]
+    sizes = {"batch_tokens": 100, "max_length": 1000, "seed": 0}
+    if packing:
+        batches = packed_batches(documents, num_steps=3, **sizes)
+    else:
+        batches = epoch_batches(documents, **sizes)
+    rows = [row for batch in batches for row in batch.tokens_BT]
+    assert any(torch.equal(row[:200], torch.arange(200)) for row in rows)
 
 
 def test_the_seed_fixes_the_order() -> None:

@@ -167,6 +167,12 @@ def test_every_batch_is_read_by_one_process_and_shares_add_up() -> None:
         assert torch.equal(a.tokens_BT, b.tokens_BT)
 
 
-def test_a_step_too_small_for_its_parts_is_refused() -> None:
-    with pytest.raises(ValueError, match="raise batch_tokens"):
-        Loader(small.documents(4), TrainConfig(batch_tokens=3, accumulate=4), World())
+def test_a_step_whose_parts_would_cut_a_document_is_refused() -> None:
+    documents = small.documents(4)
+    longest = max(len(d.tokens) for d in documents)
+    few = {"batch_tokens": 4 * longest - 1, "accumulate": 2}
+    with pytest.raises(ValueError, match=rf"--batch-tokens to {4 * longest}.*--accumulate"):
+        Loader(documents, TrainConfig(**few), World(1, 2))
+    for enough in (few | {"batch_tokens": 4 * longest}, few | {"max_length": longest - 1}):
+        for packing in (True, False):
+            Loader(documents, TrainConfig(**enough, packing=packing), World(1, 2)).first()

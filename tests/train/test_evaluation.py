@@ -1,15 +1,21 @@
 """Predicted acceptance against brute force: every path drafted and verified by itself."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.train import small
 from tests.train.brute import steps_of_text, tree_of_paths
 from vllm_eagle3.config import TreeConfig
-from vllm_eagle3.corpus import Document
-from vllm_eagle3.train.evaluation import predict
+from vllm_eagle3.corpus import Document, write_shard
+from vllm_eagle3.train.evaluation import evaluate, predict
 from vllm_eagle3.train.features import Target
+from vllm_eagle3.train.learner import Learner
 from vllm_eagle3.train.model import Eagle3Head
+from vllm_eagle3.train.objectives import LossSettings
+from vllm_eagle3.train.objectives.eagle3 import ttt_loss
+from vllm_eagle3.train.trainer import TrainConfig, train
 
 TREE = TreeConfig(20, depth=3, top_k=8, verify_budget=None)
 CHAIN = TreeConfig(3, depth=3, top_k=1, verify_budget=None)
@@ -74,3 +80,47 @@ def test_documents_without_an_answer_predict_nothing() -> None:
         predict(head, target, [Document(tokens, tokens < 0)], {"it": TREE}, reader(head, target))
         == {}
     )
+
+
+def test_losses_are_the_same_in_parts_no_larger_than_those_of_a_step() -> None:
+    """Some parts have no root: they count nothing."""
+    target, head = small.pair(torch.float64)
+    given = small.documents(24)
+    unanswered = [Document(d.tokens, d.assistant & False) for d in small.documents(12)]
+    read, sizes = reader(head, target), []
+
+    def forward(batch):
+        sizes.append(batch.tokens_BT.numel())
+        return ttt_loss(head, read(batch), LossSettings(1))
+
+    def losses(documents: list[Document], num_parts: int) -> tuple[list[float], list[float]]:
+        config = TrainConfig(batch_tokens=64 * 36, eval_batches=1, eval_documents=0)
+        device = torch.device("cpu")
+        found = evaluate(head, target, documents, config, device, forward, read, num_parts)
+        return found.losses, found.accepted
+
+    (whole, accepted), in_parts = losses(given, 1), losses([*given, *unanswered], 18)
+    assert max(sizes[1:]) == 128
+    assert len(sizes) == 1 + 18
+    # By roots, the drafted token covered or not: not quite the mean over what is covered.
+    assert in_parts[0] == pytest.approx(whole, rel=0.02)
+    assert in_parts[1] == pytest.approx(accepted)
+
+
+def test_a_run_measures_in_the_parts_that_it_trains_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small.llama().save_pretrained(tmp_path / "target")
+    write_shard(tmp_path / "shard-0.safetensors", small.documents(80))
+    measure, sizes = Learner.measure, []
+
+    def noted(self: Learner, batch):
+        sizes.append(batch.tokens_BT.numel())
+        return measure(self, batch)
+
+    monkeypatch.setattr(Learner, "measure", noted)
+    settings = {"batch_tokens": 512, "accumulate": 4, "steps": 1, "held_out": 0.5}
+    config = TrainConfig(**settings, draft_vocab_size=80, eval_batches=2, eval_documents=0)
+    train(tmp_path / "target", tmp_path, tmp_path / "out", config, "cpu")
+    assert len(sizes) == 2 * 4
+    assert max(sizes) <= 512 / 4

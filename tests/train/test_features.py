@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from tests.train import small
 from vllm_eagle3.train.data import epoch_batches
+from vllm_eagle3.train.export import checkpoint_config
+from vllm_eagle3.train.head_config import rotary_scaling
 from vllm_eagle3.train.model import HeadConfig, captured_layers
 
 
@@ -26,9 +29,24 @@ def test_captured_states_are_the_inputs_of_layers_2_half_and_3_from_the_end() ->
     ("changes", "message"),
     [
         ({"num_hidden_layers": 6}, "at least 7 layers"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "linear"),
+        ({"rope_parameters": {"rope_type": "default"}}, "no rope_theta"),
     ],
 )
 def test_unsuitable_targets_are_refused(changes: dict, message: str) -> None:
+    config = small.llama().config
+    for name, value in changes.items():
+        setattr(config, name, value)
     with pytest.raises(ValueError, match=message):
-        HeadConfig.from_target(small.llama(**changes).config, 64)
+        HeadConfig.from_target(config, 64)
+
+
+def test_a_head_takes_the_base_of_a_scaled_rotary_embedding_and_is_served_without_scaling() -> None:
+    config = small.llama(rope_parameters=small.LLAMA3_ROPE).config
+    assert rotary_scaling(config) == "llama3"
+    assert rotary_scaling(small.llama().config) is None
+    head = HeadConfig.from_target(config, 64)
+    assert head.rope_theta == 5e5
+    written = checkpoint_config(head, "bfloat16")
+    served = LlamaConfig.from_dict(written)
+    assert rotary_scaling(served) is None
+    assert served.rope_parameters["rope_theta"] == 5e5

@@ -79,3 +79,15 @@ def test_the_seed_fixes_the_order_and_rows_are_full() -> None:
     assert order(1) == order(1) != order(2)
     slots = sum(map(len, order(1)))
     assert sum(len(d.tokens) for d in given) > 0.85 * slots
+
+
+def test_all_batches_are_full_but_one_of_each_class_of_lengths() -> None:
+    """Documents of more than 64, more than 256 and the shorter ones, over several windows."""
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(1024, rng.lognormal(4.4, 1, 4000).astype(int) + 4)
+    given = [Document(np.ones(n, np.int32), np.arange(n) > 2) for n in lengths]
+    sizes = [b.tokens_BT.numel() for b in packed_batches(given, 4096, 1024, 7, seed=0)]
+    assert len(sizes) > 3 * 32
+    assert sum(size < 4096 for size in sizes) <= 3
+    padded = [b.tokens_BT.numel() for b in epoch_batches(given, 4096, 1024, seed=0)]
+    assert sum(size < 2048 for size in padded) <= 1

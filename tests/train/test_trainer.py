@@ -269,7 +269,7 @@ def test_tensorboard_is_written_or_its_absence_named(
     assert written[-1] == "closed"
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match=r"pip install .*train"):
-        train(setup / "target", setup / "data", tmp_path, config, "cpu")
+        train(setup / "target", setup / "data", tmp_path / "without", config, "cpu")
 
 
 def test_a_state_of_another_shape_is_refused(setup: Path, tmp_path: Path) -> None:

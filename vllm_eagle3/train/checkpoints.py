@@ -54,6 +54,20 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
+def refuse_overwriting(out_dir: Path) -> None:
+    """A new run would replace the log and the states of the one before.
+
+    Raises:
+        ValueError: ``out_dir`` holds a state.
+    """
+    for path in (out_dir / STATE_FILE, out_dir / PREVIOUS_FILE):
+        if path.exists():
+            raise ValueError(
+                f"{path} is the state of a run: go on from it with --resume, or start anew in "
+                "another --out"
+            )
+
+
 def save(
     out_dir: Path,
     config: TrainConfig,
@@ -61,11 +75,13 @@ def save(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     random_states: list[dict[str, Any]],
+    inputs: dict[str, str],
 ) -> None:
     """Write the newest state; the newest before it becomes the previous one.
 
     Args:
         random_states: of every process, by rank.
+        inputs: fingerprints of what is trained on, by name.
 
     Raises:
         ValueError: the disk is full or not writable; the states written before are intact.
@@ -84,6 +100,7 @@ def save(
                 "optimizer": optimizer.state_dict(),
                 "progress": asdict(progress),
                 "random": random_states,
+                "inputs": inputs,
             },
             scratch,
         )
@@ -94,6 +111,7 @@ def load(
     config: TrainConfig,
     head: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
+    inputs: dict[str, str],
     num_processes: int = 1,
 ) -> tuple[Progress, list[dict[str, Any]]]:
     """Restore head and optimiser from the newest state that can be read.
@@ -102,14 +120,17 @@ def load(
     batches in the same order, if processes x ``accumulate`` is what it was; but sums are
     rounded in another order, and noise is drawn anew.
 
+    Args:
+        inputs: as for :func:`save`, of this run.
+
     Returns:
         The progress and the random states, by the ranks of the processes that wrote them.
 
     Raises:
-        ValueError: there is no state, or it is of another configuration, of other data, or of
-            processes that read a step in another number of parts.
+        ValueError: there is no state, or it is of another configuration, of other inputs, or
+            of processes that read a step in another number of parts.
     """
-    path, stored = _newest(out_dir, head.d2t.device)
+    path, stored = _newest(out_dir, head.feature_scale_F.device)
     now = asdict(config)
     changed = [
         name
@@ -119,11 +140,15 @@ def load(
     if changed:
         raise ValueError(
             f"{path} was written with another {', '.join(changed)}: give the same, or "
-            "start without resume"
+            "start anew in another --out"
+        )
+    known = stored.get("inputs", {})
+    if other := [name for name, value in inputs.items() if known.get(name) != value]:
+        raise ValueError(
+            f"{path} was trained with different {' and '.join(other)}: give the same, or "
+            "start anew in another --out"
         )
     _check_parts(path, len(stored["random"]), stored["config"], num_processes, config)
-    if not torch.equal(stored["head"]["d2t"], head.d2t):
-        raise ValueError(f"{path} was trained on other data: start without resume")
     head.load_state_dict(stored["head"])
     head.feature_scale_F.copy_(stored["feature_scale"])
     optimizer.load_state_dict(stored["optimizer"])
@@ -144,7 +169,7 @@ def _check_parts(
     raise ValueError(
         f"{path} was written by {before} processes with accumulate={stored['accumulate']}, "
         f"{parts} parts a step; this run has {num_processes} with accumulate={config.accumulate}, "
-        f"which are other batches: {remedy}, or start without resume"
+        f"which are other batches: {remedy}, or start anew in another --out"
     )
 
 
@@ -160,5 +185,7 @@ def _newest(out_dir: Path, device: torch.device) -> tuple[Path, dict[str, Any]]:
             unreadable.append(path.name)
             print(f"{path} cannot be read ({error}): trying the one before", file=sys.stderr)
     if unreadable:
-        raise ValueError(f"{' and '.join(unreadable)} of {out_dir} cannot be read: start anew")
+        raise ValueError(
+            f"{' and '.join(unreadable)} of {out_dir} cannot be read: start anew in another --out"
+        )
     raise ValueError(f"{out_dir / STATE_FILE} does not exist: start without resume")

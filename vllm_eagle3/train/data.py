@@ -97,18 +97,24 @@ def epoch_batches(
     """All documents once, in an order that ``seed`` fixes.
 
     Args:
-        batch_tokens: most tokens of a batch, padding included.
-        max_length: longer documents are cut; at most ``batch_tokens``.
+        batch_tokens: most tokens of a batch, padding included; a longer document is a batch by
+            itself, uncut.
+        max_length: longer documents are cut.
     """
-    max_length = min(max_length, batch_tokens)
     rng = np.random.default_rng(seed)
     lengths = np.array([min(len(d.tokens), max_length) for d in documents])
+    max_length = min(max_length, max(batch_tokens, int(lengths.max())))  # padding included
     order = rng.permutation(len(documents))
     window = max(1, int(_WINDOW_BATCHES * batch_tokens / lengths.mean()))
     groups: list[np.ndarray] = []
+    waiting = order[:0]
     for start in range(0, len(order), window):
-        part = order[start : start + window]
-        groups += _cut(part[np.argsort(-lengths[part], kind="stable")], lengths, batch_tokens)
+        part = np.concatenate((waiting, order[start : start + window]))
+        part = part[np.argsort(-lengths[part], kind="stable")]
+        # The last batch may be small, and yet a step: its documents wait for the next window.
+        *whole, waiting = _cut(part, lengths, batch_tokens)
+        groups += whole
+    groups.append(waiting)
     for group in rng.permutation(len(groups)):
         yield _pad([documents[i] for i in groups[group]], max_length)
 

@@ -1,9 +1,9 @@
 """What a head is worth, measured on documents kept out of training.
 
-Losses and accuracies are those of the objective. Mean acceptance lengths (tau: tokens emitted
-for each forward of the target, the bonus token included) are predicted by drafting and verifying
-offline, in the rounds of :mod:`vllm_eagle3.train.rounds`: those of a server that emits the
-documents. For each root the tree is scored at every temperature:
+Losses and accuracies are those of the objective, means over batches by their roots. Mean
+acceptance lengths (tau: tokens emitted for each forward of the target, the bonus token included)
+are predicted by drafting and verifying offline, in the rounds of :mod:`vllm_eagle3.train.rounds`:
+those of a server that emits the documents. For each root the tree is scored at every temperature:
 
     tau(T)        mean over rounds of the expected number of tokens at temperature T
     tau of text   tokens / rounds: what a server whose draws were the documents would reach
@@ -24,6 +24,7 @@ from vllm_eagle3.train.drafting import DocumentDrafter
 from vllm_eagle3.train.features import FeatureBatch, Target
 from vllm_eagle3.train.model import DraftHead
 from vllm_eagle3.train.objectives import LossResult
+from vllm_eagle3.train.objectives.slots import counted_slots
 from vllm_eagle3.train.rounds import Rounds, rounds_of_document
 from vllm_eagle3.train.settings import TrainConfig
 
@@ -75,20 +76,27 @@ def evaluate(
     device: torch.device,
     forward: Callable[[TokenBatch], LossResult],
     read: Callable[[TokenBatch], FeatureBatch],
+    num_parts: int = 1,
 ) -> Evaluation:
     """Measure ``head`` on held-out documents.
 
     Args:
         forward: the objective on a batch of tokens.
         read: the target's states for a batch of tokens, as the head takes them.
+        num_parts: that a step of training is read in; a batch is read in as many, so that what
+            fits into the memory in training does here.
     """
-    batches = epoch_batches(documents, config.batch_tokens, config.max_length, config.seed)
-    results = [
-        forward(batch.to(device)) for batch in itertools.islice(batches, config.eval_batches)
-    ]
+    part_tokens = config.batch_tokens // num_parts
+    batches = epoch_batches(documents, part_tokens, config.max_length, config.seed)
+    results, roots = [], []
+    for batch in itertools.islice(batches, config.eval_batches * num_parts):
+        results.append(forward(batch.to(device)))
+        roots.append(len(counted_slots(batch.assistant_BT, 0)))
+    num_roots = max(1, sum(roots))
 
     def mean(name: str) -> list[float]:
-        return torch.stack([getattr(r, name) for r in results]).mean(0).tolist()
+        parts = zip(results, roots, strict=True)
+        return sum(getattr(r, name) * (count / num_roots) for r, count in parts).tolist()
 
     accepted = mean("accepted_K")
     predicted = {}

@@ -42,18 +42,21 @@ class HeadConfig:
     ) -> Self:
         """Read a Transformers ``LlamaConfig``.
 
+        The head takes the base of the target's rotary embedding, not its scaling: the layer is
+        its own, trained from scratch, and served as its own config says.
+
         Args:
             aux_layer_ids: as the attribute; None for EAGLE-3's three.
 
         Raises:
-            ValueError: the target is too shallow for three captures, its rotary embedding
-                is scaled, or the draft vocabulary does not fit into its vocabulary.
+            ValueError: the target is too shallow for three captures, its config has no
+                ``rope_theta``, or the draft vocabulary does not fit into its vocabulary.
         """
-        rope = getattr(target, "rope_parameters", None) or {}
-        if rope.get("rope_type", "default") != "default":
+        rope_theta = _rope(target).get("rope_theta") or getattr(target, "rope_theta", None)
+        if not rope_theta:
             raise ValueError(
-                f"the target's rotary embedding is of type {rope['rope_type']!r}: only heads "
-                "for targets with plain rotary embeddings can be trained"
+                "the target's config has no rope_theta, the base of its rotary embedding, which "
+                "the head takes: add it to the target's config.json"
             )
         if not 1 <= draft_vocab_size <= target.vocab_size:
             raise ValueError(
@@ -71,13 +74,26 @@ class HeadConfig:
             head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
             vocab_size=target.vocab_size,
             draft_vocab_size=draft_vocab_size,
-            rope_theta=float(rope.get("rope_theta") or target.rope_theta),
+            rope_theta=float(rope_theta),
             rms_norm_eps=target.rms_norm_eps,
             max_position_embeddings=target.max_position_embeddings,
             aux_layer_ids=aux_layer_ids,
             fc_norm=fc_norm,
             norm_output=norm_output,
         )
+
+
+def rotary_scaling(target: Any) -> str | None:
+    """How the rotary embedding of a Transformers config is scaled, ``"llama3"``; None: it is not.
+
+    A head's is not (:meth:`HeadConfig.from_target`).
+    """
+    kind = _rope(target).get("rope_type", "default")
+    return None if kind == "default" else kind
+
+
+def _rope(target: Any) -> dict[str, Any]:
+    return getattr(target, "rope_parameters", None) or {}
 
 
 def captured_layers(num_layers: int) -> tuple[int, int, int]:

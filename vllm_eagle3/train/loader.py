@@ -2,7 +2,8 @@
 
 An optimiser step reads a group of G = processes x ``accumulate`` batches, each of
 ``batch_tokens / G`` tokens; batch g of the group goes to process g modulo the number of
-processes. The epochs follow each other without a gap, and the last group may be smaller.
+processes. The epochs follow each other without a gap. The last group may hold fewer batches, and
+a few batches of an epoch fewer tokens: one of each class of lengths.
 
 All processes have as many parts in a step, so that what they do together stays in step: one
 with fewer batches reads the first of the group once more, for nothing.
@@ -46,8 +47,13 @@ class Loader:
     Args:
         num_draft_steps: of the objective; packed documents keep their distance by it.
 
+    Attributes:
+        group: parts of a step, over all processes.
+        part_tokens: most tokens of one.
+
     Raises:
-        ValueError: ``batch_tokens`` is less than one token for each part of a step.
+        ValueError: a part of a step has no room for the longest document, as ``max_length``
+            leaves it.
     """
 
     def __init__(
@@ -61,10 +67,13 @@ class Loader:
         self.documents, self.config, self.world = documents, config, world
         self.group = world.size * config.accumulate
         self.part_tokens = config.batch_tokens // self.group
-        if self.part_tokens < 1:
+        longest = min(config.max_length, max(len(document.tokens) for document in documents))
+        if self.part_tokens < longest:
             raise ValueError(
-                f"batch_tokens={config.batch_tokens} cannot be read in {self.group} parts "
-                f"({world.size} processes, accumulate={config.accumulate}): raise batch_tokens"
+                f"batch_tokens={config.batch_tokens} in {self.group} parts ({world.size} "
+                f"processes, accumulate={config.accumulate}) leaves {self.part_tokens} tokens "
+                f"for a part, and a document has {longest}: raise --batch-tokens to "
+                f"{longest * self.group}, lower --accumulate, or cut documents with --max-length"
             )
 
     def first(self) -> TokenBatch:

@@ -36,36 +36,42 @@ def packed_batches(
     """All documents once, packed, in an order that ``seed`` fixes.
 
     Args:
-        batch_tokens: of a batch; the last ones of a window may hold fewer.
+        batch_tokens: of a batch; the last one of each class of lengths may hold fewer. No
+            document is cut to it: rows are as long as the longest one, at least.
         max_length: of a row, and of a document: longer ones are cut.
         num_steps: draft steps; so far from a document's last token no other document has one
             of the assistant's, so that no slot counts across the two.
     """
-    length = min(max_length, batch_tokens)
-    rows_of_batch = batch_tokens // length
+    sizes = np.array([min(len(d.tokens), max_length) for d in documents])
+    length = min(max_length, max(batch_tokens, int(sizes.max())))
+    rows_of_batch = max(1, batch_tokens // length)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(documents))
-    sizes = np.array([min(len(d.tokens), length) for d in documents])
+    class_of = np.searchsorted(_class_bounds(length), sizes)
     window = max(1, int(_WINDOW_BATCHES * batch_tokens / sizes.mean()))
     batches: list[list[list[int]]] = []
+    waiting = {int(number): np.empty(0, dtype=np.int64) for number in np.unique(class_of)}
     for start in range(0, len(order), window):
-        part = order[start : start + window]
-        longest_first = part[np.argsort(-sizes[part], kind="stable")]
-        for alike in _classes(longest_first, sizes, length):
+        part, is_last = order[start : start + window], start + window >= len(order)
+        for number, before in waiting.items():
+            alike = np.concatenate((before, part[class_of[part] == number]))
+            alike = alike[np.argsort(-sizes[alike], kind="stable")]
             rows = _first_fit([(i, documents[i]) for i in alike], length, num_steps)
-            batches += [rows[i : i + rows_of_batch] for i in range(0, len(rows), rows_of_batch)]
+            # What fills no batch waits for the next window: however small, it would be a step.
+            used = len(rows) if is_last else len(rows) // rows_of_batch * rows_of_batch
+            batches += [rows[i : i + rows_of_batch] for i in range(0, used, rows_of_batch)]
+            waiting[number] = np.array([i for row in rows[used:] for i in row], dtype=np.int64)
     for index in rng.permutation(len(batches)):
         yield _lay_out([[documents[i] for i in row] for row in batches[index]], length, num_steps)
 
 
-def _classes(longest_first: np.ndarray, sizes: np.ndarray, length: int) -> list[np.ndarray]:
-    """Documents of more than 1/4, 1/16, ... of a row; none of these empty."""
-    classes, rest, bound = [], longest_first, length // _CLASS_FACTOR
-    while len(rest) and bound >= _SHORT:
-        longer = int((sizes[rest] > bound).sum())
-        classes.append(rest[:longer])
-        rest, bound = rest[longer:], bound // _CLASS_FACTOR
-    return [alike for alike in (*classes, rest) if len(alike)]
+def _class_bounds(length: int) -> list[int]:
+    """Rising: the longest document of each class but the last; a quarter of the next one's."""
+    bounds, bound = [], length // _CLASS_FACTOR
+    while bound >= _SHORT:
+        bounds.append(bound)
+        bound //= _CLASS_FACTOR
+    return bounds[::-1]
 
 
 def _first_fit(

@@ -33,13 +33,15 @@ class TrainConfig:
         steps: optimiser steps, at most; None for no limit.
         minutes: wall-clock limit; the schedule ends with it. None for no limit.
         learning_rate: peak, after ``warmup`` (share of the run), cosine to a tenth.
+        clip: largest norm of a step's gradient.
         objective: which head, and what it is trained by; a name of ``objectives.OBJECTIVES``.
         num_ttt_steps, ttt_decay: draft steps that are trained through, and the weight of one
             relative to that before; None for the objective's own.
         top_k_from: share of the run after which HASS's top-K distillation counts; with 0.5 a
             first half trains the alignment alone (weight 0), the second both.
-        held_out: share of the documents kept for evaluation.
-        eval_batches: batches that the evaluation of losses reads, at most.
+        held_out: share of the documents kept for evaluation; of them at least one.
+        eval_batches: batches of ``batch_tokens`` that the evaluation of losses reads, at most,
+            each in as many parts as a step.
         eval_documents: documents on which the acceptance lengths of ``eval_chain`` and
             ``eval_tree`` are predicted; 0 for none.
         eval_chain: drafts of the chain.
@@ -89,8 +91,9 @@ class TrainConfig:
 
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective={self.objective!r}: use one of {', '.join(OBJECTIVES)}")
-        if not 0 <= self.top_k_from < 1:
-            raise ValueError(f"top_k_from={self.top_k_from} must be at least 0 and below 1")
+        for name in ("warmup", "held_out", "top_k_from"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
         if self.top_k_from and not OBJECTIVES[self.objective].settings.top_k:
             raise ValueError(
                 f"top_k_from={self.top_k_from}: objective {self.objective!r} has no top-K "
@@ -105,8 +108,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be positive, or left out")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate} must be positive")
+        if self.ttt_decay is not None and not 0 < self.ttt_decay <= 1:
+            raise ValueError(f"ttt_decay={self.ttt_decay} must be above 0 and at most 1")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.attention not in ("flash", "math"):
             raise ValueError(f"attention={self.attention!r}: use 'flash' or 'math'")
 

@@ -12,13 +12,14 @@ import torch
 
 from vllm_eagle3.corpus import read_corpus, write_json
 from vllm_eagle3.files import writing
-from vllm_eagle3.train import checkpoints, interruption
+from vllm_eagle3.train import checkpoints, fingerprint, interruption
 from vllm_eagle3.train.card import model_card
 from vllm_eagle3.train.clock import Clock
 from vllm_eagle3.train.data import split_held_out
 from vllm_eagle3.train.distributed import World, is_main_process, joined
 from vllm_eagle3.train.evaluation import Evaluation, evaluate
 from vllm_eagle3.train.export import export
+from vllm_eagle3.train.head_config import rotary_scaling
 from vllm_eagle3.train.learner import Learner
 from vllm_eagle3.train.loader import Loader, StepBatches
 from vllm_eagle3.train.logs import RunLog, peak_memory_gib, rounded
@@ -52,17 +53,19 @@ def train(
         target: a Llama checkpoint, folder or hub name.
         data_dir: shards of ``vllm-eagle3 data synth``.
         device: ``"cuda"``, ``"cpu"``; None takes CUDA where there is some.
-        resume: go on from ``out_dir``'s state; the data and the config must be the same.
+        resume: go on from ``out_dir``'s state; target, data and config must be the same.
 
     Returns:
         ``out_dir``.
 
     Raises:
-        ValueError: no data, an unsuitable target, a state of another configuration, a full
-            disk, or a loss that is not finite.
+        ValueError: no data, an unsuitable target, a state of another configuration, target
+            or data, a state in the way of a new run, a full disk, or a loss that is not finite.
     """
+    paths = Path(data_dir), Path(out_dir)
+    if not resume:
+        checkpoints.refuse_overwriting(paths[1])
     with joined(device) as (world, chosen):
-        paths = Path(data_dir), Path(out_dir)
         return _Trainer(target, *paths, config or TrainConfig(), chosen, world).train(resume)
 
 
@@ -84,6 +87,10 @@ class _Trainer:
         corpus = read_corpus(data_dir)
         self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
         self.learner = Learner(target, self.documents, config, device, world)
+        self.inputs = {
+            "data": fingerprint.of_documents(corpus),
+            "target": fingerprint.of_target(self.learner.target),
+        }
         self.loader = Loader(self.documents, config, world, self.learner.settings.num_steps)
         self.step = self.tokens_seen = 0
         self.saved_step: int | None = None
@@ -121,6 +128,9 @@ class _Trainer:
             parameters=sum(p.numel() for p in self.learner.head.parameters()),
             target_parameters=self.learner.target.num_parameters,
         )
+        if scaling := rotary_scaling(self.learner.target.config):
+            base = self.learner.head.config.rope_theta
+            self.log.write("rotary embedding", target=scaling, head="not scaled", rope_theta=base)
 
     def _loop(self) -> None:
         self.clock.start(self.step, self.tokens_seen, self.loader.num_steps())
@@ -171,6 +181,7 @@ class _Trainer:
             *(learner.head, learner.target, self.held_out, self.config, self.device),
             learner.measure,
             learner.read,
+            self.loader.group,
         )
         self.log.write("evaluation", step=self.step, **asdict(self.evaluation))
 
@@ -196,7 +207,8 @@ class _Trainer:
         random_states = self.world.gather(checkpoints.random_state(self.device))
         if self.world.is_main:
             progress = checkpoints.Progress(self.step, self.tokens_seen, self.clock.seconds())
-            checkpoints.save(self.out_dir, self.config, *self._trained(), progress, random_states)
+            of_run = progress, random_states, self.inputs
+            checkpoints.save(self.out_dir, self.config, *self._trained(), *of_run)
         self.saved_step = self.step
 
     def _trained(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -204,7 +216,7 @@ class _Trainer:
 
     def _load_state(self) -> None:
         progress, random_states = checkpoints.load(
-            self.out_dir, self.config, *self._trained(), self.world.size
+            self.out_dir, self.config, *self._trained(), self.inputs, self.world.size
         )
         self.step, self.tokens_seen = progress.step, progress.tokens_seen
         self.saved_step = progress.step

@@ -23,7 +23,9 @@ def chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
 class LinearSoftCrossEntropy(torch.autograd.Function):
     """sum_m weight_m * -sum_v p_mv log softmax(x_m W^T)_v, with gradients of x and W.
 
-    p = softmax of the target's row. The gradient of the logits is (q - p) * weight.
+    p = softmax of the target's row. The gradient of the logits is (q - p) * weight; the work for
+    an input that needs none is left out. Without gradients give a W that needs none: torch asks
+    the tensor, not the mode.
     Also returns, without gradient, each row's own cross-entropy, the argmax of q, and whether
     it is the argmax of p.
     """
@@ -33,8 +35,9 @@ class LinearSoftCrossEntropy(torch.autograd.Function):
         accurate = torch.promote_types(x_MH.dtype, torch.float32)
         matrix_VH = weight_VH.to(x_MH.dtype)
         loss = torch.zeros((), dtype=accurate, device=x_MH.device)
-        grad_x_MH = torch.empty_like(x_MH)
-        grad_w_VH = torch.zeros_like(weight_VH, dtype=accurate)
+        of_x, of_w = ctx.needs_input_grad[:2]
+        grad_x_MH = torch.empty_like(x_MH) if of_x else None
+        grad_w_VH = torch.zeros_like(weight_VH, dtype=accurate) if of_w else None
         losses_M = torch.empty(len(rows_M), dtype=accurate, device=x_MH.device)
         drafted_M = torch.empty_like(rows_M)
         agree_M = torch.empty_like(rows_M, dtype=torch.bool)
@@ -49,10 +52,14 @@ class LinearSoftCrossEntropy(torch.autograd.Function):
             # Not a dot product, which autocast would round to bfloat16.
             losses_M[part] = -(p * log_q).sum(-1)
             loss += (weights * losses_M[part]).sum()
+            if not (of_x or of_w):
+                continue
             grad = (log_q.exp_().sub_(p) * weights.unsqueeze(-1)).to(x.dtype)
-            grad_x_MH[part] = grad @ matrix_VH
-            grad_w_VH += grad.T @ x
-        ctx.save_for_backward(grad_x_MH, grad_w_VH.to(weight_VH.dtype))
+            if of_x:
+                grad_x_MH[part] = grad @ matrix_VH
+            if of_w:
+                grad_w_VH += grad.T @ x
+        ctx.save_for_backward(grad_x_MH, grad_w_VH.to(weight_VH.dtype) if of_w else None)
         ctx.mark_non_differentiable(losses_M, drafted_M, agree_M)
         return loss, losses_M, drafted_M, agree_M
 
@@ -60,8 +67,11 @@ class LinearSoftCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _losses, _drafted, _agree):
         grad_x_MH, grad_w_VH = ctx.saved_tensors
-        grad_x_MH = (grad_x_MH * grad_loss).to(grad_x_MH.dtype)
-        return grad_x_MH, grad_w_VH * grad_loss, None, None, None
+        if grad_x_MH is not None:
+            grad_x_MH = (grad_x_MH * grad_loss).to(grad_x_MH.dtype)
+        if grad_w_VH is not None:
+            grad_w_VH = grad_w_VH * grad_loss
+        return grad_x_MH, grad_w_VH, None, None, None
 
 
 class SharedHeadCrossEntropy(torch.autograd.Function):
@@ -79,9 +89,9 @@ class SharedHeadCrossEntropy(torch.autograd.Function):
         accurate = torch.promote_types(x_MH.dtype, torch.float32)
         matrix_VH, num_rows = weight_VH.to(x_MH.dtype), len(x_MH)
         losses = torch.zeros(2, dtype=accurate, device=x_MH.device)
-        grads = torch.zeros(
-            (2 if num_top else 1, *x_MH.shape), dtype=x_MH.dtype, device=x_MH.device
-        )
+        of_x = ctx.needs_input_grad[0]
+        num_terms = (2 if num_top else 1) if of_x else 0
+        grads = torch.zeros((num_terms, *x_MH.shape), dtype=x_MH.dtype, device=x_MH.device)
         drafted_M = x_MH.new_empty(num_rows, dtype=torch.int64)
         agree_M = x_MH.new_empty(num_rows, dtype=torch.bool)
         for part in chunks(num_rows, len(weight_VH)):
@@ -91,12 +101,14 @@ class SharedHeadCrossEntropy(torch.autograd.Function):
             agree_M[part] = drafted_M[part] == target.argmax(-1)
             p = target.to(accurate).softmax(-1)
             log_q = logits.to(accurate).log_softmax(-1)
-            q = log_q.exp()
             losses[0] -= (p * log_q).sum()
-            grads[0, part] = ((q - p) / num_rows).to(x_MH.dtype) @ matrix_VH
+            if of_x:
+                q = log_q.exp()
+                grads[0, part] = ((q - p) / num_rows).to(x_MH.dtype) @ matrix_VH
             if num_top:
                 best = p.topk(min(num_top, p.shape[-1]), -1)
                 losses[1] -= (best.values * log_q.gather(-1, best.indices)).sum()
+            if num_top and of_x:
                 grad = q * best.values.sum(-1, keepdim=True)
                 grad.scatter_add_(-1, best.indices, -best.values)
                 grads[1, part] = (grad / num_rows).to(x_MH.dtype) @ matrix_VH

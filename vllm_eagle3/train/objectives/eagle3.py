@@ -52,10 +52,11 @@ def ttt_loss(head: Eagle3Head, batch: TTTBatch, settings: LossSettings) -> LossR
         covered.append(covered_P[rows[-1]])
         counted_M = covered[-1].to(head.lm_head.weight.dtype)
         weights.append(settings.decay**step / num_roots * counted_M)
+    matrix_VH = head.lm_head.weight
     # All steps at once, so that there is one gradient of the output matrix and not K.
     loss, losses_M, drafted_M, agree_M = LinearSoftCrossEntropy.apply(
         _normed(head, torch.cat(outs), settings),
-        head.lm_head.weight,
+        matrix_VH if torch.is_grad_enabled() else matrix_VH.detach(),
         batch.target_logits_BTV.flatten(0, 1),
         torch.cat(rows),
         torch.cat(weights),

@@ -1,0 +1,114 @@
+"""What a run takes: which settings, targets, data and folders to write to."""
+
+import json
+from math import nan
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train import small
+from vllm_eagle3.corpus import Document, write_shard
+from vllm_eagle3.train import fingerprint
+from vllm_eagle3.train.features import Target
+from vllm_eagle3.train.trainer import TrainConfig, train
+
+OPTIONS = {"draft_vocab_size": 80, "batch_tokens": 512, "num_ttt_steps": 2, "eval_documents": 0}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    write_shard(tmp_path / "data" / "shard-00-00000.safetensors", small.documents(60))
+    return tmp_path / "data"
+
+
+def test_a_target_with_a_scaled_rotary_embedding_is_trained_for_and_the_log_says_so_once(
+    data: Path, tmp_path: Path
+) -> None:
+    small.llama(rope_parameters=small.LLAMA3_ROPE).save_pretrained(tmp_path / "target")
+    out = tmp_path / "out"
+    train(tmp_path / "target", data, out, TrainConfig(**OPTIONS, steps=1), "cpu")
+    log = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    (said,) = [entry for entry in log if entry["event"] == "rotary embedding"]
+    assert (said["target"], said["head"], said["rope_theta"]) == ("llama3", "not scaled", 5e5)
+    assert json.loads((out / "config.json").read_text())["rope_theta"] == 5e5
+
+
+def test_a_run_does_not_go_on_with_other_data_or_another_target(data: Path, tmp_path: Path) -> None:
+    """EAGLE-1's vocabulary is the target's: it is the same whatever the data."""
+    small.llama().save_pretrained(tmp_path / "target")
+    tuned = small.llama()
+    with torch.no_grad():
+        tuned.lm_head.weight[5, 7] += 0.5
+    tuned.save_pretrained(tmp_path / "tuned")
+    options = OPTIONS | {"objective": "eagle1", "num_ttt_steps": None}
+    out = tmp_path / "out"
+
+    def run(target: str, steps: int, resume: bool = True) -> None:
+        config = TrainConfig(**options, steps=steps)
+        train(tmp_path / target, data, out, config, "cpu", resume)
+
+    run("target", 1, resume=False)
+    with pytest.raises(ValueError, match="different target: give the same"):
+        run("tuned", 2)
+    run("target", 2)
+    write_shard(data / "shard-00-00001.safetensors", small.documents(2))
+    with pytest.raises(ValueError, match="different data: give the same"):
+        run("target", 3)
+
+
+def test_fingerprints_tell_documents_and_targets_apart_but_not_precisions() -> None:
+    first, second, *_ = small.documents(2)
+    joined = [*first.tokens, *second.tokens], [*first.assistant, *second.assistant]
+    unlike = [
+        [first, second],
+        [second, first],
+        [first],
+        [Document(first.tokens, ~first.assistant), second],
+        [Document(*map(np.array, joined))],
+    ]
+    assert len({fingerprint.of_documents(documents) for documents in unlike}) == len(unlike)
+
+    def of(model: torch.nn.Module) -> str:
+        return fingerprint.of_target(Target(model, ()))
+
+    plain = of(small.llama())
+    assert plain == of(small.llama().bfloat16())
+    assert plain != of(small.llama(rope_parameters=small.LLAMA3_ROPE))
+    assert plain != of(small.llama(initializer_range=0.1))
+
+
+@pytest.mark.parametrize("left", ["training_state.pt", "training_state.previous.pt"])
+def test_a_new_run_leaves_the_state_and_the_log_of_another_as_they_are(
+    data: Path, tmp_path: Path, left: str
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    written = {left: "a state", "training_log.jsonl": "a log"}
+    for name, text in written.items():
+        (out / name).write_text(text)
+    with pytest.raises(ValueError, match=r"with --resume, or start anew in another --out"):
+        train(tmp_path / "target", data, out, TrainConfig(**OPTIONS), "cpu")
+    assert {path.name: path.read_text() for path in out.iterdir()} == written
+
+
+@pytest.mark.parametrize(
+    ("setting", "refused", "accepted"),
+    [
+        ("clip", [0.0, -1.0, nan], [1e-3]),
+        ("learning_rate", [0.0, -1e-4, nan], [1e-4]),
+        ("warmup", [-0.1, 1.0, nan], [0.0, 0.99]),
+        ("held_out", [-0.1, 1.0, nan], [0.0, 0.5]),
+        ("ttt_decay", [0.0, -0.8, 1.1, nan], [0.1, 1.0]),
+    ],
+)
+def test_a_setting_out_of_its_range_is_named(
+    setting: str, refused: list[float], accepted: list[float]
+) -> None:
+    for value in refused:
+        with pytest.raises(ValueError, match=f"{setting}={value} must be"):
+            TrainConfig(**{setting: value})
+    for value in accepted:
+        assert 0 < TrainConfig(**{setting: value}).rate(0.5) < 1e-3
