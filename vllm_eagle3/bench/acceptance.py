@@ -15,6 +15,7 @@ from vllm_eagle3.bench import answering, report, target
 from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, check_plugin, tree
 from vllm_eagle3.bench.options import add_data, add_pair, check_names, recorded
 from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.pair import check_pair
 from vllm_eagle3.bench.questions import load_questions
 from vllm_eagle3.bench.results import Run, summarize
 
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a setting that cannot work, before any engine starts.
     """
     configurations = _configurations(args)
+    check_pair(args, configurations, args.max_model_len)
     check_plugin(configurations)
     questions = load_questions(args.data, args.limit)
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -15,20 +15,16 @@ part them:
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_eagle3.bench import answering, evaluate_report
-from vllm_eagle3.bench.configurations import Configuration, chain, check_plugin, parse_tree
+from vllm_eagle3.bench.configurations import chain, check_plugin, parse_tree
 from vllm_eagle3.bench.evaluate_results import merge
 from vllm_eagle3.bench.options import add_data, add_pair, check_names
 from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.pair import check_pair, check_prediction
 from vllm_eagle3.bench.prediction import Prediction, predict
 from vllm_eagle3.bench.questions import load_questions
-from vllm_eagle3.heads.checkpoint import Checkpoint
-from vllm_eagle3.heads.description import describe
-from vllm_eagle3.heads.serving import serving
-from vllm_eagle3.heads.target import TargetShape
 from vllm_eagle3.paths import PUBLISHED
 
 _CHAINS, _TREES = [5], ["31/5/16"]  # what `vllm-eagle3 train` predicts
@@ -49,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     answering.add_arguments(parser)
     add("--no-prediction", action="store_true", help="served figures only")
+    add("--prediction-timeout", type=float, help="seconds for the prediction (default: no limit)")
     add(
         "--output",
         type=Path,
@@ -69,9 +66,11 @@ def run(args: argparse.Namespace) -> int:
     check_names(configurations)
     for configuration in configurations:
         configuration.as_tree  # noqa: B018 (raises before anything is served)
-    _check_head(args, configurations)
+    check_pair(args, configurations, args.max_model_len)
     check_plugin(configurations)
     questions = load_questions(args.data, args.limit)
+    if not args.no_prediction:
+        check_prediction(args)
     log_dir = args.output.with_suffix(".logs")
     log_dir.mkdir(parents=True, exist_ok=True)
 
@@ -91,14 +90,3 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         print(f"vllm-eagle3: no plots, {error}: pip install 'vllm-eagle3[bench]'", file=sys.stderr)
     return 1 if prediction.error or any(run.error for run in runs) else 0
-
-
-def _check_head(args: argparse.Namespace, configurations: Sequence[Configuration]) -> None:
-    """Raise ``ValueError`` for a head that cannot be served as it is asked for."""
-    target = TargetShape.read(args.target) if Path(args.target).is_dir() else None
-    verdict = serving(describe(Checkpoint.open(args.head), target), target)
-    trees = any(configuration.tree is not None for configuration in configurations)
-    if not verdict.chain or (trees and not verdict.tree):
-        raise ValueError(f"--head {args.head}: {'; '.join(verdict.refusals)}")
-    for warning in verdict.warnings:
-        print(f"vllm-eagle3: --head {args.head}: {warning}", file=sys.stderr)

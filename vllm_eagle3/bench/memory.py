@@ -19,6 +19,7 @@ from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.markdown import failure, table
 from vllm_eagle3.bench.options import add_pair, select
 from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.pair import check_pair
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a setting that cannot work, before any engine starts.
     """
     configurations = select(args, plain=not args.no_plain)
+    check_pair(args, configurations, args.max_model_len)
     check_plugin(configurations)
     folder = args.output.with_suffix(".logs")
     folder.mkdir(parents=True, exist_ok=True)

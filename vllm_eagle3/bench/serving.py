@@ -33,6 +33,7 @@ from vllm_eagle3.bench.options import (
     select,
 )
 from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.pair import check_pair
 from vllm_eagle3.bench.questions import DEFAULT_DATA, Question, load_questions
 from vllm_eagle3.bench.schedule import rotation, take_turns
 from vllm_eagle3.bench.servers import Server, run_client, write_dataset
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a setting that cannot work, before any server starts.
     """
     configurations = select(args, plain=not args.no_plain)
+    check_pair(args, configurations, args.max_model_len)
     check_plugin(configurations)
     check_positive(args, "servers_at_once", "prompts", "repeats", "max_tokens")
     folder = args.output.with_suffix(".logs")

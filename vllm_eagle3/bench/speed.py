@@ -15,9 +15,11 @@ from pathlib import Path
 from vllm_eagle3.bench.comparison import Comparison, Settings
 from vllm_eagle3.bench.configurations import check_plugin
 from vllm_eagle3.bench.options import add_pair, check_positive, select
+from vllm_eagle3.bench.pair import check_context, check_pair
 from vllm_eagle3.bench.questions import DEFAULT_DATA, load_questions
 from vllm_eagle3.bench.schedule import Cell, make_prompts
 from vllm_eagle3.bench.speed_results import SpeedResults
+from vllm_eagle3.data.target import load_tokenizer
 
 _TREES = ["31", "63"]
 
@@ -65,16 +67,15 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a setting that cannot work, before any engine starts.
     """
     configurations = select(args, plain=not args.no_plain)
-    check_plugin(configurations)
     _check(args)
-    from transformers import AutoTokenizer
-
+    check_pair(args, configurations)
+    check_plugin(configurations)
     questions = load_questions(args.data)
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
-    prompts = make_prompts(tokenizer, questions, args.max_prompt, args.seed)
+    prompts = make_prompts(load_tokenizer(args.target), questions, args.max_prompt, args.seed)
+    settings = Settings.from_arguments(args, prompts, configurations)
+    check_context(args.target, settings.engine["max_model_len"], "--max-prompt or --max-tokens")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     results = SpeedResults.create(args, configurations, prompts)
-    settings = Settings.from_arguments(args, prompts, configurations)
     comparison = Comparison(settings, configurations, prompts, results)
     comparison.run([Cell(batch, t) for batch in args.batch for t in args.temperature])
     results.write_plots()
