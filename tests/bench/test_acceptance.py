@@ -120,6 +120,7 @@ def test_trees_of_a_given_shape(tmp_path, questions, jobs):
         (["--tree", "8", "8", "--depth", "4"], "name each one once"),
         (["--tree", "200"], "num_speculative_tokens=200"),
         (["--tree", "32", "--depth", "0"], "tree.depth must be"),
+        (["--chain", "0"], "--chain 0: a chain has at least one draft"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--chain", "--tree", "--no-plain"], "nothing to measure"),
         (["--data", "missing.jsonl"], "missing.jsonl"),

@@ -77,9 +77,12 @@ def test_what_failed_is_told_and_leaves_the_rest(command, jobs, capsys, options)
         ("--chain --tree", "nothing to measure"),
         ("--tree 31/6", "as in 31/6/8"),
         ("--chain 64", "num_speculative_tokens=64 is more than a tree can hold"),
-        ("--chain 0", "num_speculative_tokens must be an integer of at least 1"),
+        ("--chain 0", "--chain 0: a chain has at least one draft"),
         ("--data mmlu", "none of mt_bench, humaneval, gsm8k"),
         ("--max-tokens 0", "--max-tokens must be at least 1"),
+        ("--limit 0", "--limit must be at least 1"),
+        ("--limit -1", "--limit must be at least 1"),
+        ("--max-model-len 0", "--max-model-len must be at least 1"),
     ],
 )
 def test_mistakes_end_before_any_engine_starts(command, jobs, capsys, options, message):

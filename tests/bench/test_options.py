@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_eagle3.bench.options import check_positive, recorded, select
+from vllm_eagle3.bench.options import check_positive, json_object, recorded, select
 
 
 def options(**given):
@@ -29,6 +29,19 @@ def test_the_first_option_below_one_is_named():
     check_positive(options(repeats=1, max_tokens=2), "repeats", "max_tokens")
     with pytest.raises(ValueError, match="--max-tokens must be at least 1"):
         check_positive(options(repeats=1, max_tokens=0), "repeats", "max_tokens")
+
+
+def test_an_option_of_several_values_or_of_none():
+    check_positive(options(limit=None, batch=[1, 8]), "limit", "batch")
+    with pytest.raises(ValueError, match="--batch must be at least 1"):
+        check_positive(options(batch=[8, 0]), "batch")
+
+
+def test_a_json_object_is_one():
+    assert json_object('{"block_size": 32}') == {"block_size": 32}
+    for text, message in (("[1]", "no JSON object"), ("{", "no JSON")):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            json_object(text)
 
 
 def test_options_are_recorded_as_json_can_hold_them():

@@ -1,6 +1,7 @@
 """Options that several benchmarks share."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,28 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """The type of an option that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no JSON object: write it as in '{{\"block_size\": 32}}'"
+        )
+    return value
+
+
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise ``ValueError`` for the first of these options that is below 1."""
+    """Raise ``ValueError`` for the first of these options that has a value below 1.
+
+    An option that was not given (None) passes; of several values each is checked.
+    """
     for name in names:
-        if getattr(args, name) < 1:
+        given = getattr(args, name)
+        values = given if isinstance(given, list) else [given]
+        if any(value is not None and value < 1 for value in values):
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
 
 

@@ -12,7 +12,6 @@ repeat, and figures are medians over the repeats.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from vllm_eagle3.bench.options import (
     MEMORY_SHARE,
     add_pair,
     check_positive,
+    json_object,
     recorded,
     select,
 )
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
     add("--max-model-len", type=int, default=1024)
     add("--servers-at-once", type=int, default=4, help="alive side by side; one is busy")
-    add("--serve", type=json.loads, default={}, help="further options of vllm serve, JSON object")
+    add("--serve", type=json_object, default={}, help="further options of vllm serve, JSON object")
     add("--compile-cache", type=Path, help="a folder where each server keeps its compiled code")
     add("--start-timeout", type=float, default=400, help="seconds until all servers must stand")
     add("--timeout", type=float, default=300, help="seconds for one run of the client")
@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     check_pair(args, configurations, args.max_model_len)
     check_plugin(configurations)
     check_positive(args, "servers_at_once", "prompts", "repeats", "max_tokens")
+    check_positive(args, "max_model_len", "concurrency")
     folder = args.output.with_suffix(".logs")
     folder.mkdir(parents=True, exist_ok=True)
     chats = _mixed(load_questions(args.data))

@@ -8,13 +8,12 @@ See :mod:`vllm_eagle3.bench.ratios`.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from vllm_eagle3.bench.comparison import Comparison, Settings
 from vllm_eagle3.bench.configurations import check_plugin
-from vllm_eagle3.bench.options import add_pair, check_positive, select
+from vllm_eagle3.bench.options import add_pair, check_positive, json_object, select
 from vllm_eagle3.bench.pair import check_context, check_pair
 from vllm_eagle3.bench.questions import DEFAULT_DATA, load_questions
 from vllm_eagle3.bench.schedule import Cell, make_prompts
@@ -49,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engines-at-once", type=int, default=6, help="more go in rounds, with anchors")
     add("--max-num-batched-tokens", type=int, default=8192)
     add("--enforce-eager", action="store_true", help="without CUDA graphs: no fair comparison")
-    add("--engine", type=json.loads, default={}, help="further arguments of LLM, a JSON object")
+    add("--engine", type=json_object, default={}, help="further arguments of LLM, a JSON object")
     add("--profile", nargs="*", type=int, default=[], help="batch sizes of which steps are split")
     add("--profile-steps", type=int, default=30)
     add("--keep-traces", action="store_true", help="leave the profiler's traces beside the logs")
@@ -84,10 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    check_positive(args, "batch", "profile", "profile_steps", "max_num_batched_tokens")
     check_positive(args, "repeats", "engines_at_once", "prompts_per_repeat")
-    for name in ("batch", "profile"):
-        if min(getattr(args, name), default=1) < 1:
-            raise ValueError(f"--{name}: a batch has at least one request")
     if max(args.profile, default=0) > max(args.batch):
         raise ValueError(f"--profile: at most the largest batch, {max(args.batch)}")
     if args.max_tokens < 2:
