@@ -4,16 +4,49 @@ from pathlib import Path
 
 import pytest
 
-from vllm_eagle3.bench.options import check_positive, json_object, recorded, select
+from vllm_eagle3 import cli
+from vllm_eagle3.bench.options import (
+    add_configurations,
+    check_positive,
+    json_object,
+    recorded,
+    select,
+)
 
 
 def options(**given):
-    return argparse.Namespace(**({"chain": [], "tree": []} | given))
+    return argparse.Namespace(**({"chain": [], "tree": [], "one_size": False} | given))
 
 
 def test_what_is_selected_has_the_order_of_a_table():
     names = [c.name for c in select(options(chain=[3, 5], tree=["15/4/8"]), plain=True)]
     assert names == ["plain", "chain-3", "chain-5", "tree-15-4-8"]
+
+
+@pytest.mark.parametrize(
+    "command", ["eval", "bench acceptance", "bench speed", "bench serving", "bench memory"]
+)
+def test_every_command_names_trees_alike(command, capsys):
+    """``bench acceptance`` and ``eval`` have one size in every batch, the others a server's."""
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    one_size = command in ("eval", "bench acceptance")
+    assert ("the same in every batch: N or N/DEPTH/TOP_K" in shown) is one_size
+    assert ("as served: N or N/DEPTH/TOP_K" in shown) is not one_size
+    assert "mc_sim_7b_63" in shown
+    if command != "bench memory":
+        assert "mt_bench, humaneval, gsm8k" in shown
+
+
+def test_trees_have_one_size_where_a_command_says_so():
+    budgets = []
+    for one_size in (True, False):
+        parser = argparse.ArgumentParser()
+        add_configurations(parser, [3], ["31"], one_size=one_size)
+        _, grown = select(parser.parse_args([]), plain=False)
+        budgets.append(grown.shape["verify_budget"])
+    assert budgets == [None, 128]
 
 
 @pytest.mark.parametrize(
@@ -49,5 +82,6 @@ def test_options_are_recorded_as_json_can_hold_them():
     assert json.loads(json.dumps(recorded(given))) == {
         "chain": [],
         "tree": [],
+        "one_size": False,
         "engine": {"seed": 1},
     }

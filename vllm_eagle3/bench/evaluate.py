@@ -18,14 +18,13 @@ import sys
 from pathlib import Path
 
 from vllm_eagle3.bench import answering, evaluate_report
-from vllm_eagle3.bench.configurations import chain, check_plugin, parse_tree
+from vllm_eagle3.bench.configurations import check_plugin
 from vllm_eagle3.bench.evaluate_results import merge
-from vllm_eagle3.bench.options import add_data, add_pair, check_names
+from vllm_eagle3.bench.options import add_configurations, add_data, add_pair, select
 from vllm_eagle3.bench.output import write_results
 from vllm_eagle3.bench.pair import check_pair, check_prediction
 from vllm_eagle3.bench.prediction import Prediction, predict
 from vllm_eagle3.bench.questions import load_questions
-from vllm_eagle3.paths import PUBLISHED
 
 _CHAINS, _TREES = [5], ["31/5/16"]  # what `vllm-eagle3 train` predicts
 
@@ -35,14 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_pair(parser)
     add_data(parser)
-    add("--chain", nargs="*", type=int, default=_CHAINS, help="drafts of vLLM's chains")
-    add(
-        "--tree",
-        nargs="*",
-        default=_TREES,
-        help="trees of one size in every batch, as N or N/DEPTH/TOP_K; static ones by name"
-        f" ({', '.join(PUBLISHED)}) or as a JSON file of paths",
-    )
+    add_configurations(parser, _CHAINS, _TREES, one_size=True)
     answering.add_arguments(parser)
     add("--no-prediction", action="store_true", help="served figures only")
     add("--prediction-timeout", type=float, help="seconds for the prediction (default: no limit)")
@@ -61,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a setting that cannot work, before any engine starts.
     """
     answering.check_arguments(args)
-    configurations = [chain(count) for count in args.chain]
-    configurations += [parse_tree(text, one_size=True) for text in args.tree]
-    check_names(configurations)
+    configurations = select(args, plain=False)
     for configuration in configurations:
         configuration.as_tree  # noqa: B018 (raises before anything is served)
     check_pair(args, configurations, args.max_model_len)

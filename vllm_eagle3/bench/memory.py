@@ -16,7 +16,13 @@ from vllm_eagle3.bench.configurations import Configuration, check_plugin
 from vllm_eagle3.bench.engines import Engine
 from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.markdown import failure, table
-from vllm_eagle3.bench.options import add_pair, check_positive, json_object, select
+from vllm_eagle3.bench.options import (
+    add_configurations,
+    add_pair,
+    check_positive,
+    json_object,
+    select,
+)
 from vllm_eagle3.bench.output import write_results
 from vllm_eagle3.bench.pair import check_pair
 
@@ -25,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add_pair(parser)
-    add("--chain", nargs="*", type=int, default=[3], help="drafts of vLLM's chains")
-    add("--tree", nargs="*", default=["63"], help="trees, as N or N/DEPTH/TOP_K")
+    add_configurations(parser, [3], ["63"])
     add("--gpu-memory-utilization", type=float, default=0.9)
     add("--max-num-seqs", type=int, default=64)
     add("--max-num-batched-tokens", type=int, default=8192)

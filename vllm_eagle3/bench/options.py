@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, parse_tree
 from vllm_eagle3.bench.questions import DEFAULT_DATA, PACKAGED
+from vllm_eagle3.paths import PUBLISHED
 
 MEMORY_SHARE = 0.9  # of the GPU's, for all engines that live at once
 
@@ -30,6 +31,38 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(PACKAGED)} (80 questions each, which come with the package), JSON lines"
         ' with "turns", or folders of them (default: the three sets)',
     )
+
+
+def add_configurations(
+    parser: argparse.ArgumentParser,
+    chains: Sequence[int],
+    trees: Sequence[str],
+    *,
+    one_size: bool = False,
+) -> None:
+    """Declare which chains and trees are measured; :func:`select` makes them.
+
+    Args:
+        chains, trees: those measured unless told otherwise.
+        one_size: trees have one size in every batch, not a server's smaller ones in larger ones.
+    """
+    add = parser.add_argument
+    add(
+        "--chain",
+        nargs="*",
+        type=int,
+        default=list(chains),
+        help=f"drafts of vLLM's chains (default: {' '.join(map(str, chains))})",
+    )
+    size = "the same in every batch" if one_size else "smaller in larger batches, as served"
+    add(
+        "--tree",
+        nargs="*",
+        default=list(trees),
+        help=f"trees, {size}: N or N/DEPTH/TOP_K; static ones by name ({', '.join(PUBLISHED)})"
+        f" or as a JSON file of paths (default: {' '.join(trees)})",
+    )
+    parser.set_defaults(one_size=one_size)
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -60,18 +93,20 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 def select(args: argparse.Namespace, plain: bool) -> list[Configuration]:
     """Plain decoding if wanted, ``--chain`` and ``--tree``, in this order.
 
+    Args:
+        args: of :func:`add_configurations`.
+
     Raises:
-        ValueError: as :func:`check_names`, or a shape that no tree can have.
+        ValueError: nothing or something twice, or a shape that no tree can have.
     """
     configurations = [PLAIN] if plain else []
     configurations += [chain(count) for count in args.chain]
-    configurations += [parse_tree(text) for text in args.tree]
-    check_names(configurations)
+    configurations += [parse_tree(text, args.one_size) for text in args.tree]
+    _check_names(configurations)
     return configurations
 
 
-def check_names(configurations: Sequence[Configuration]) -> None:
-    """Raise ``ValueError`` where nothing is to be measured, or something twice."""
+def _check_names(configurations: Sequence[Configuration]) -> None:
     if not configurations:
         raise ValueError("nothing to measure: give --chain or --tree")
     if len({configuration.name for configuration in configurations}) < len(configurations):

@@ -26,6 +26,8 @@ from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.llm import kv_bytes_per_token
 from vllm_eagle3.bench.options import (
     MEMORY_SHARE,
+    add_configurations,
+    add_data,
     add_pair,
     check_positive,
     json_object,
@@ -34,7 +36,7 @@ from vllm_eagle3.bench.options import (
 )
 from vllm_eagle3.bench.output import write_results
 from vllm_eagle3.bench.pair import check_pair
-from vllm_eagle3.bench.questions import DEFAULT_DATA, Question, load_questions
+from vllm_eagle3.bench.questions import Question, load_questions
 from vllm_eagle3.bench.schedule import rotation, take_turns
 from vllm_eagle3.bench.servers import Server, run_client, write_dataset
 from vllm_eagle3.bench.serving_report import FIGURES, render, summarize
@@ -53,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add_pair(parser)
-    add("--chain", nargs="*", type=int, default=[3], help="drafts of vLLM's chains")
-    add("--tree", nargs="*", default=["63"], help="trees, as N or N/DEPTH/TOP_K")
+    add_data(parser)
+    add_configurations(parser, [3], ["63"])
     add("--no-plain", action="store_true", help="leave plain decoding out")
     add("--concurrency", nargs="+", type=int, default=[1, 4, 16], help="chats at once")
     add("--prompts", type=int, default=10, help="chats for each one at once")
@@ -62,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=3, help="runs of the same chats; figures are medians")
     add("--max-tokens", type=int, default=128, help="tokens of every answer")
     add("--temperature", type=float, default=0.0)
-    add("--data", nargs="+", type=Path, default=DEFAULT_DATA, help='JSON lines with "turns"')
     add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
     add("--max-model-len", type=int, default=1024)
     add("--servers-at-once", type=int, default=4, help="alive side by side; one is busy")

@@ -13,22 +13,27 @@ from pathlib import Path
 
 from vllm_eagle3.bench.comparison import Comparison, Settings
 from vllm_eagle3.bench.configurations import check_plugin
-from vllm_eagle3.bench.options import add_pair, check_positive, json_object, select
+from vllm_eagle3.bench.options import (
+    add_configurations,
+    add_data,
+    add_pair,
+    check_positive,
+    json_object,
+    select,
+)
 from vllm_eagle3.bench.pair import check_context, check_pair
-from vllm_eagle3.bench.questions import DEFAULT_DATA, load_questions
+from vllm_eagle3.bench.questions import load_questions
 from vllm_eagle3.bench.schedule import Cell, make_prompts
 from vllm_eagle3.bench.speed_results import SpeedResults
 from vllm_eagle3.data.target import load_tokenizer
-
-_TREES = ["31", "63"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add_pair(parser)
-    add("--chain", nargs="*", type=int, default=[1, 3, 5, 7], help="drafts of vLLM's chains")
-    add("--tree", nargs="*", default=_TREES, help="trees, as N or N/DEPTH/TOP_K")
+    add_data(parser)
+    add_configurations(parser, [1, 3, 5, 7], ["31", "63"])
     add("--no-plain", action="store_true", help="leave plain decoding out")
     add("--batch", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="batch sizes")
     add("--temperature", nargs="+", type=float, default=[0.0, 1.0])
@@ -36,13 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, default=96, help="tokens of every output")
     add("--prompts-per-repeat", type=int, default=3, help="at least; in batches of full size")
     add("--max-prompt", type=int, default=256, help="leave longer prompts out (tokens)")
-    add(
-        "--data",
-        nargs="+",
-        type=Path,
-        default=DEFAULT_DATA,
-        help='JSON lines with "turns" (default: MT-bench, HumanEval and GSM8K, mixed)',
-    )
     add("--seed", type=int, default=0)
     add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
     add("--engines-at-once", type=int, default=6, help="more go in rounds, with anchors")
