@@ -18,8 +18,13 @@ def is_local(model: str | Path) -> bool:
         return True
     parts = path.parts
     is_path = path.is_absolute() or str(model).startswith((".", "~")) or len(parts) > 2
-    if is_path or (len(parts) == 2 and path.parent.is_dir()):
+    if is_path:
         raise ValueError(f"{model}: no such folder")
+    if len(parts) == 2 and path.parent.is_dir():
+        raise ValueError(
+            f"{model}: no such folder in {path.parent}; to download a model of this name, run"
+            f" where no folder {path.parent} is"
+        )
     return False
 
 
