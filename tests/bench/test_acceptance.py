@@ -74,7 +74,7 @@ def test_one_failed_configuration_leaves_the_others(tmp_path, questions, jobs, c
     assert "exit code 1" in broken["error"]
     assert [c["temperature"] for c in broken["cells"]] == [0.0]
     shown = capsys.readouterr()
-    assert "| tree, 8 drafts (depth 5, top-k 8) | 3.00 | failed |" in shown.out
+    assert "| tree, 8 drafts (depth 5, top-k 8, fixed size) | 3.00 | failed |" in shown.out
     assert shown.out.strip() == args.output.with_suffix(".md").read_text().strip()
     assert "chain-3  3/6 turns" in shown.err
 
@@ -105,21 +105,24 @@ def test_the_settings_of_a_benchmark_are_in_its_results(tmp_path, questions, job
 
 
 def test_trees_of_a_given_shape(tmp_path, questions, jobs):
-    options = ["--chain", "--tree", "16", "32", "--depth", "4", "--top-k", "6"]
+    options = ["--chain", "--tree", "16", "32/4/6", "mc_sim_7b_63"]
     args = parse(tmp_path, "--data", questions, *options)
     assert acceptance.run(args) == 0
-    asked = jobs["tree-32"]["engine"]["speculative_config"]
+    asked = jobs["tree-32-4-6"]["engine"]["speculative_config"]
     assert asked["tree"] == {"depth": 4, "top_k": 6, "verify_budget": None}
-    assert "tree, 32 drafts (depth 4, top-k 6)" in args.output.with_suffix(".md").read_text()
+    tables = args.output.with_suffix(".md").read_text()
+    assert "tree, 32 drafts (depth 4, top-k 6, fixed size)" in tables
+    assert "static tree, 25 drafts (fixed size)" in tables
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--chain", "3", "3"], "name each one once"),
-        (["--tree", "8", "8", "--depth", "4"], "name each one once"),
+        (["--tree", "8/4/4", "8/4/4"], "name each one once"),
         (["--tree", "200"], "num_speculative_tokens=200"),
-        (["--tree", "32", "--depth", "0"], "tree.depth must be"),
+        (["--tree", "32/0/8"], "tree.depth must be"),
+        (["--chain", "0"], "--chain 0: a chain has at least one draft"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--chain", "--tree", "--no-plain"], "nothing to measure"),
         (["--data", "missing.jsonl"], "missing.jsonl"),

@@ -43,6 +43,7 @@ def jobs(monkeypatch):
 
     monkeypatch.setattr(answering, "run_worker", run_worker)
     monkeypatch.setattr(evaluate, "check_plugin", lambda configurations: None)
+    monkeypatch.setattr(evaluate, "check_prediction", lambda args: None)
     monkeypatch.setattr(evaluate, "predict", lambda *args: Prediction(error="no torch today"))
     return seen
 
@@ -72,13 +73,16 @@ def test_what_failed_is_told_and_leaves_the_rest(command, jobs, capsys, options)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--head none", "none: no such directory"),
+        ("--head ./none", "--head ./none: no such folder"),
         ("--chain --tree", "nothing to measure"),
         ("--tree 31/6", "as in 31/6/8"),
         ("--chain 64", "num_speculative_tokens=64 is more than a tree can hold"),
-        ("--chain 0", "num_speculative_tokens must be an integer of at least 1"),
+        ("--chain 0", "--chain 0: a chain has at least one draft"),
         ("--data mmlu", "none of mt_bench, humaneval, gsm8k"),
         ("--max-tokens 0", "--max-tokens must be at least 1"),
+        ("--limit 0", "--limit must be at least 1"),
+        ("--limit -1", "--limit must be at least 1"),
+        ("--max-model-len 0", "--max-model-len must be at least 1"),
     ],
 )
 def test_mistakes_end_before_any_engine_starts(command, jobs, capsys, options, message):
@@ -87,10 +91,15 @@ def test_mistakes_end_before_any_engine_starts(command, jobs, capsys, options, m
     assert not jobs
 
 
-def test_a_head_for_another_target_is_refused(tmp_path, command, jobs, capsys):
-    target = checkpoints.write_target(tmp_path / "target", hidden_size=8)
-    assert cli.main([*command, "--target", str(target)]) == 2
-    assert "made for a target of hidden size 16" in capsys.readouterr().err
+def test_what_cannot_be_predicted_ends_before_any_engine_starts(command, jobs, monkeypatch, capsys):
+    def refuse(args):
+        raise ValueError(f"nothing can be predicted of {args.target}")
+
+    monkeypatch.setattr(evaluate, "check_prediction", refuse)
+    assert cli.main(command) == 2
+    assert "nothing can be predicted of somebody/target" in capsys.readouterr().err
+    assert not jobs
+    assert cli.main([*command, "--no-prediction"]) == 0
 
 
 @pytest.mark.slow

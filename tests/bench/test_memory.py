@@ -103,6 +103,13 @@ def test_the_reference_is_named(tmp_path, started, options, reference):
     assert row.endswith("| 1.0000 |")
 
 
+def test_settings_that_cannot_work_are_refused_at_once(tmp_path, started):
+    for options in ("--max-num-seqs 0", "--max-model-len 0"):
+        with pytest.raises(ValueError, match=f"{options.split()[0]} must be at least 1"):
+            memory.run(parse(tmp_path, options))
+    assert not started
+
+
 def test_nothing_to_measure_is_refused(tmp_path, started):
     with pytest.raises(ValueError, match="give --chain or --tree"):
         memory.run(parse(tmp_path, "--no-plain --chain --tree"))

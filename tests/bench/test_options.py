@@ -4,16 +4,49 @@ from pathlib import Path
 
 import pytest
 
-from vllm_eagle3.bench.options import check_positive, recorded, select
+from vllm_eagle3 import cli
+from vllm_eagle3.bench.options import (
+    add_configurations,
+    check_positive,
+    json_object,
+    recorded,
+    select,
+)
 
 
 def options(**given):
-    return argparse.Namespace(**({"chain": [], "tree": []} | given))
+    return argparse.Namespace(**({"chain": [], "tree": [], "one_size": False} | given))
 
 
 def test_what_is_selected_has_the_order_of_a_table():
     names = [c.name for c in select(options(chain=[3, 5], tree=["15/4/8"]), plain=True)]
     assert names == ["plain", "chain-3", "chain-5", "tree-15-4-8"]
+
+
+@pytest.mark.parametrize(
+    "command", ["eval", "bench acceptance", "bench speed", "bench serving", "bench memory"]
+)
+def test_every_command_names_trees_alike(command, capsys):
+    """``bench acceptance`` and ``eval`` have one size in every batch, the others a server's."""
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    one_size = command in ("eval", "bench acceptance")
+    assert ("the same in every batch: N or N/DEPTH/TOP_K" in shown) is one_size
+    assert ("as served: N or N/DEPTH/TOP_K" in shown) is not one_size
+    assert "mc_sim_7b_63" in shown
+    if command != "bench memory":
+        assert "mt_bench, humaneval, gsm8k" in shown
+
+
+def test_trees_have_one_size_where_a_command_says_so():
+    budgets = []
+    for one_size in (True, False):
+        parser = argparse.ArgumentParser()
+        add_configurations(parser, [3], ["31"], one_size=one_size)
+        _, grown = select(parser.parse_args([]), plain=False)
+        budgets.append(grown.shape["verify_budget"])
+    assert budgets == [None, 128]
 
 
 @pytest.mark.parametrize(
@@ -31,10 +64,24 @@ def test_the_first_option_below_one_is_named():
         check_positive(options(repeats=1, max_tokens=0), "repeats", "max_tokens")
 
 
+def test_an_option_of_several_values_or_of_none():
+    check_positive(options(limit=None, batch=[1, 8]), "limit", "batch")
+    with pytest.raises(ValueError, match="--batch must be at least 1"):
+        check_positive(options(batch=[8, 0]), "batch")
+
+
+def test_a_json_object_is_one():
+    assert json_object('{"block_size": 32}') == {"block_size": 32}
+    for text, message in (("[1]", "no JSON object"), ("{", "no JSON")):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            json_object(text)
+
+
 def test_options_are_recorded_as_json_can_hold_them():
     given = options(output=Path("r.json"), engine={"seed": 1}, dtype=None, data=["a"], run=print)
     assert json.loads(json.dumps(recorded(given))) == {
         "chain": [],
         "tree": [],
+        "one_size": False,
         "engine": {"seed": 1},
     }

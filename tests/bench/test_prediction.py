@@ -33,7 +33,7 @@ def pair(tmp_path_factory):
         head=str(folder / "head"),
         max_tokens=16,
         max_model_len=256,
-        timeout=120,
+        prediction_timeout=120,
     )
     return target, head, args
 
@@ -125,7 +125,7 @@ def test_what_cannot_be_replayed_is_told(pair, tmp_path, monkeypatch):
     (event,) = replayed(job | {"target": str(tmp_path)})
     assert event["event"] == "refused"
     assert "of type 'qwen2'" in event["reason"]
-    hurried = argparse.Namespace(**vars(pair[2]) | {"timeout": 0.01})
+    hurried = argparse.Namespace(**vars(pair[2]) | {"prediction_timeout": 0.01})
     assert "took longer" in predict(hurried, WAYS[:1], [run], tmp_path / "log").error
     assert predict(pair[2], WAYS[:1], [run_of()], tmp_path / "log").error == "there are no answers"
     monkeypatch.setattr(prediction.WorkerProcess, "events", lambda self: iter([event]))

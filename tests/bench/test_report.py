@@ -77,3 +77,14 @@ def test_skipped_turns_are_told():
 def test_a_static_tree_is_called_one():
     entry = {"num_speculative_tokens": 25, "tree": {}, "shape": {"paths": [[0]]}}
     assert label(entry) == "static tree, 25 drafts"
+
+
+def test_a_tree_of_one_size_is_called_so():
+    static = {"paths": [[0]], "verify_budget": None}
+    assert label(entry("t", 25, True) | {"shape": static}) == "static tree, 25 drafts (fixed size)"
+    fixed, served = (
+        label(entry("t", 8, True) | {"shape": {"depth": 4, "top_k": 2, "verify_budget": budget}})
+        for budget in (None, 128)
+    )
+    assert fixed == "tree, 8 drafts (depth 4, top-k 2, fixed size)"
+    assert served == "tree, 8 drafts (depth 4, top-k 2)"

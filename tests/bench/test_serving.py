@@ -86,6 +86,9 @@ def test_settings_that_cannot_work_are_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "check_plugin", lambda configurations: None)
     for options, message in [
         ("--tree 200", "num_speculative_tokens=200"),
+        ("--chain 0", "--chain 0: a chain has at least one draft"),
+        ("--concurrency 4 0", "--concurrency must be at least 1"),
+        ("--max-model-len 0", "--max-model-len must be at least 1"),
         ("--servers-at-once 0", "--servers-at-once must be at least 1"),
         ("--repeats 0", "--repeats must be at least 1"),
     ]:

@@ -99,6 +99,11 @@ def test_the_three_ways_one_after_another(settings, capsys):
     assert shown.count("yes") == 2
 
 
+def test_a_static_tree_is_called_one(settings, capsys):
+    assert demo.run(settings("--tree", "mc_sim_7b_63")) == 0
+    assert "3/3  static tree of 25 drafts" in capsys.readouterr().out
+
+
 def test_a_failure_is_shown_and_told_to_the_shell(settings, tmp_path, capsys):
     (tmp_path / "head").rename(tmp_path / "fails")
     assert demo.run(settings("--head", str(tmp_path / "fails"))) == 1

@@ -21,6 +21,16 @@ def test_a_name_that_vllm_downloads_counts_as_eagle3():
     assert method_of("somebody/EAGLE3-head") == "eagle3"
 
 
+def test_a_path_is_no_name_to_download(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "heads").mkdir()
+    for mistyped in ("./nope", "../nope", "~/nope", "/nope", "a/b/nope"):
+        with pytest.raises(ValueError, match=f"{mistyped}: no such folder"):
+            method_of(mistyped)
+    with pytest.raises(ValueError, match="no such folder in heads; to download"):
+        method_of("heads/nope")
+
+
 def test_a_folder_without_a_head_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
         method_of(tmp_path)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.bench import answering, report, target
-from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, check_plugin, tree
-from vllm_eagle3.bench.options import add_data, add_pair, check_names, recorded
+from vllm_eagle3.bench.configurations import PLAIN, Configuration, check_plugin
+from vllm_eagle3.bench.options import add_configurations, add_data, add_pair, recorded, select
 from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.pair import check_pair
 from vllm_eagle3.bench.questions import load_questions
 from vllm_eagle3.bench.results import Run, summarize
 
@@ -24,10 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_pair(parser)
     add_data(parser)
-    add("--chain", nargs="*", type=int, default=[3, 5, 7], help="drafts of vLLM's chains")
-    add("--tree", nargs="*", type=int, default=[8, 16, 32, 60], help="drafts of the trees")
-    add("--depth", type=int, help="depth of the trees (default: the plugin's)")
-    add("--top-k", type=int, help="children for each node (default: the plugin's)")
+    add_configurations(parser, [3, 5, 7], ["8", "16", "32", "60"], one_size=True)
     add("--no-plain", action="store_true", help="no plain decoding, so no check of identity")
     answering.add_arguments(parser)
     add("--output", type=Path, required=True, help="JSON file; the tables go beside it (.md)")
@@ -39,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a setting that cannot work, before any engine starts.
     """
-    configurations = _configurations(args)
+    answering.check_arguments(args)
+    configurations = select(args, plain=not args.no_plain)
+    check_pair(args, configurations, args.max_model_len)
     check_plugin(configurations)
     questions = load_questions(args.data, args.limit)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -77,12 +77,3 @@ def merge(
             for configuration, result in zip(configurations, runs, strict=True)
         ],
     }
-
-
-def _configurations(args: argparse.Namespace) -> list[Configuration]:
-    answering.check_arguments(args)
-    configurations = [] if args.no_plain else [PLAIN]
-    configurations += [chain(count) for count in args.chain]
-    configurations += [tree(count, args.depth, args.top_k) for count in args.tree]
-    check_names(configurations)
-    return configurations

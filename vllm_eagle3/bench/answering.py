@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ``ValueError`` for an option of :func:`add_arguments` that cannot work."""
-    check_positive(args, "jobs", "max_tokens", "max_num_seqs")
+    check_positive(args, "jobs", "limit", "max_tokens", "max_num_seqs", "max_model_len")
 
 
 def answer(

@@ -74,7 +74,13 @@ PLAIN = Configuration("plain")
 
 
 def chain(num_speculative_tokens: int) -> Configuration:
-    """vLLM's own chain of ``num_speculative_tokens`` drafts."""
+    """vLLM's own chain of ``num_speculative_tokens`` drafts.
+
+    Raises:
+        ValueError: fewer than one draft.
+    """
+    if num_speculative_tokens < 1:
+        raise ValueError(f"--chain {num_speculative_tokens}: a chain has at least one draft")
     return Configuration(f"chain-{num_speculative_tokens}", num_speculative_tokens)
 
 

@@ -15,21 +15,16 @@ part them:
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_eagle3.bench import answering, evaluate_report
-from vllm_eagle3.bench.configurations import Configuration, chain, check_plugin, parse_tree
+from vllm_eagle3.bench.configurations import check_plugin
 from vllm_eagle3.bench.evaluate_results import merge
-from vllm_eagle3.bench.options import add_data, add_pair, check_names
+from vllm_eagle3.bench.options import add_configurations, add_data, add_pair, select
 from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.pair import check_pair, check_prediction
 from vllm_eagle3.bench.prediction import Prediction, predict
 from vllm_eagle3.bench.questions import load_questions
-from vllm_eagle3.heads.checkpoint import Checkpoint
-from vllm_eagle3.heads.description import describe
-from vllm_eagle3.heads.serving import serving
-from vllm_eagle3.heads.target import TargetShape
-from vllm_eagle3.paths import PUBLISHED
 
 _CHAINS, _TREES = [5], ["31/5/16"]  # what `vllm-eagle3 train` predicts
 
@@ -39,16 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_pair(parser)
     add_data(parser)
-    add("--chain", nargs="*", type=int, default=_CHAINS, help="drafts of vLLM's chains")
-    add(
-        "--tree",
-        nargs="*",
-        default=_TREES,
-        help="trees of one size in every batch, as N or N/DEPTH/TOP_K; static ones by name"
-        f" ({', '.join(PUBLISHED)}) or as a JSON file of paths",
-    )
+    add_configurations(parser, _CHAINS, _TREES, one_size=True)
     answering.add_arguments(parser)
     add("--no-prediction", action="store_true", help="served figures only")
+    add("--prediction-timeout", type=float, help="seconds for the prediction (default: no limit)")
     add(
         "--output",
         type=Path,
@@ -64,14 +53,14 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a setting that cannot work, before any engine starts.
     """
     answering.check_arguments(args)
-    configurations = [chain(count) for count in args.chain]
-    configurations += [parse_tree(text, one_size=True) for text in args.tree]
-    check_names(configurations)
+    configurations = select(args, plain=False)
     for configuration in configurations:
         configuration.as_tree  # noqa: B018 (raises before anything is served)
-    _check_head(args, configurations)
+    check_pair(args, configurations, args.max_model_len)
     check_plugin(configurations)
     questions = load_questions(args.data, args.limit)
+    if not args.no_prediction:
+        check_prediction(args)
     log_dir = args.output.with_suffix(".logs")
     log_dir.mkdir(parents=True, exist_ok=True)
 
@@ -91,14 +80,3 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         print(f"vllm-eagle3: no plots, {error}: pip install 'vllm-eagle3[bench]'", file=sys.stderr)
     return 1 if prediction.error or any(run.error for run in runs) else 0
-
-
-def _check_head(args: argparse.Namespace, configurations: Sequence[Configuration]) -> None:
-    """Raise ``ValueError`` for a head that cannot be served as it is asked for."""
-    target = TargetShape.read(args.target) if Path(args.target).is_dir() else None
-    verdict = serving(describe(Checkpoint.open(args.head), target), target)
-    trees = any(configuration.tree is not None for configuration in configurations)
-    if not verdict.chain or (trees and not verdict.tree):
-        raise ValueError(f"--head {args.head}: {'; '.join(verdict.refusals)}")
-    for warning in verdict.warnings:
-        print(f"vllm-eagle3: --head {args.head}: {warning}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_eagle3.data.target import reading_target
 from vllm_eagle3.engine.interpreter import prepare
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def kv_bytes_per_token(settings: dict[str, Any]) -> int:
     """Keys and values of one token in all layers of the target and in the head's one."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(settings["model"]).get_text_config()
+    with reading_target(settings["model"]):
+        config = AutoConfig.from_pretrained(settings["model"]).get_text_config()
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or (
         config.hidden_size // config.num_attention_heads

@@ -6,7 +6,6 @@ none is asked for, over plain decoding, or the first tree if that is left out.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,22 +16,28 @@ from vllm_eagle3.bench.configurations import Configuration, check_plugin
 from vllm_eagle3.bench.engines import Engine
 from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.markdown import failure, table
-from vllm_eagle3.bench.options import add_pair, select
+from vllm_eagle3.bench.options import (
+    add_configurations,
+    add_pair,
+    check_positive,
+    json_object,
+    select,
+)
 from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.pair import check_pair
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add_pair(parser)
-    add("--chain", nargs="*", type=int, default=[3], help="drafts of vLLM's chains")
-    add("--tree", nargs="*", default=["63"], help="trees, as N or N/DEPTH/TOP_K")
+    add_configurations(parser, [3], ["63"])
     add("--gpu-memory-utilization", type=float, default=0.9)
     add("--max-num-seqs", type=int, default=64)
     add("--max-num-batched-tokens", type=int, default=8192)
     add("--max-model-len", type=int, default=2048)
     add("--no-plain", action="store_true", help="leave plain decoding out")
-    add("--engine", type=json.loads, default={}, help="further arguments of LLM, a JSON object")
+    add("--engine", type=json_object, default={}, help="further arguments of LLM, a JSON object")
     add("--timeout", type=float, default=400, help="seconds for the start of one engine")
     add("--output", type=Path, required=True, help="JSON file; the table goes beside it (.md)")
 
@@ -44,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a setting that cannot work, before any engine starts.
     """
     configurations = select(args, plain=not args.no_plain)
+    check_positive(args, "max_num_seqs", "max_num_batched_tokens", "max_model_len")
+    check_pair(args, configurations, args.max_model_len)
     check_plugin(configurations)
     folder = args.output.with_suffix(".logs")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,14 @@
 """Options that several benchmarks share."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, parse_tree
 from vllm_eagle3.bench.questions import DEFAULT_DATA, PACKAGED
+from vllm_eagle3.paths import PUBLISHED
 
 MEMORY_SHARE = 0.9  # of the GPU's, for all engines that live at once
 
@@ -31,28 +33,80 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_configurations(
+    parser: argparse.ArgumentParser,
+    chains: Sequence[int],
+    trees: Sequence[str],
+    *,
+    one_size: bool = False,
+) -> None:
+    """Declare which chains and trees are measured; :func:`select` makes them.
+
+    Args:
+        chains, trees: those measured unless told otherwise.
+        one_size: trees have one size in every batch, not a server's smaller ones in larger ones.
+    """
+    add = parser.add_argument
+    add(
+        "--chain",
+        nargs="*",
+        type=int,
+        default=list(chains),
+        help=f"drafts of vLLM's chains (default: {' '.join(map(str, chains))})",
+    )
+    size = "the same in every batch" if one_size else "smaller in larger batches, as served"
+    add(
+        "--tree",
+        nargs="*",
+        default=list(trees),
+        help=f"trees, {size}: N or N/DEPTH/TOP_K; static ones by name ({', '.join(PUBLISHED)})"
+        f" or as a JSON file of paths (default: {' '.join(trees)})",
+    )
+    parser.set_defaults(one_size=one_size)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The type of an option that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no JSON object: write it as in '{{\"block_size\": 32}}'"
+        )
+    return value
+
+
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise ``ValueError`` for the first of these options that is below 1."""
+    """Raise ``ValueError`` for the first of these options that has a value below 1.
+
+    An option that was not given (None) passes; of several values each is checked.
+    """
     for name in names:
-        if getattr(args, name) < 1:
+        given = getattr(args, name)
+        values = given if isinstance(given, list) else [given]
+        if any(value is not None and value < 1 for value in values):
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
 
 
 def select(args: argparse.Namespace, plain: bool) -> list[Configuration]:
     """Plain decoding if wanted, ``--chain`` and ``--tree``, in this order.
 
+    Args:
+        args: of :func:`add_configurations`.
+
     Raises:
-        ValueError: as :func:`check_names`, or a shape that no tree can have.
+        ValueError: nothing or something twice, or a shape that no tree can have.
     """
     configurations = [PLAIN] if plain else []
     configurations += [chain(count) for count in args.chain]
-    configurations += [parse_tree(text) for text in args.tree]
-    check_names(configurations)
+    configurations += [parse_tree(text, args.one_size) for text in args.tree]
+    _check_names(configurations)
     return configurations
 
 
-def check_names(configurations: Sequence[Configuration]) -> None:
-    """Raise ``ValueError`` where nothing is to be measured, or something twice."""
+def _check_names(configurations: Sequence[Configuration]) -> None:
     if not configurations:
         raise ValueError("nothing to measure: give --chain or --tree")
     if len({configuration.name for configuration in configurations}) < len(configurations):

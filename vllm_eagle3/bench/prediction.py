@@ -36,7 +36,8 @@ def predict(
     """Replay every answer of every run with the run's own chain or tree.
 
     Args:
-        args: ``target``, ``head``, ``max_tokens`` and ``max_model_len`` of the runs.
+        args: ``target``, ``head``, ``max_tokens`` and ``max_model_len`` of the runs;
+            ``prediction_timeout``, seconds for all answers, None for no limit.
         log_path: receives what the process prints.
     """
     job, keys = _job(args, configurations, runs)
@@ -45,7 +46,7 @@ def predict(
         return Prediction(error="there are no answers")
     progress = Progress(len(keys))
     progress.show("prediction", "loading")
-    with WorkerProcess(job, log_path, args.timeout, module=_MODULE) as process:
+    with WorkerProcess(job, log_path, args.prediction_timeout, module=_MODULE) as process:
         for event in process.events():
             if event["event"] == "rounds":
                 columns = event["contexts"], event["tokens"], event["exceeds"]

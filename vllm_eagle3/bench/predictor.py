@@ -37,7 +37,7 @@ from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.train.data import TokenBatch
 from vllm_eagle3.train.drafting import DocumentDrafter
 from vllm_eagle3.train.export import load_head
-from vllm_eagle3.train.features import Target, load_target
+from vllm_eagle3.train.features import Target, load_target, read_target_config
 from vllm_eagle3.train.model import DraftHead
 from vllm_eagle3.train.rounds import rounds_of_document
 
@@ -59,6 +59,17 @@ def run(job: dict[str, Any], emit: Emit) -> None:
         for event in _replay(target, head, answer, device):
             emit({"event": "rounds", "answer": index, **event})
     emit({"event": "done"})
+
+
+def check(target: str, head: str) -> None:
+    """Check that PyTorch can run both, without the target's weights.
+
+    Raises:
+        ValueError: the target is no Llama, or the head has parts that cannot be run here.
+    """
+    config = read_target_config(target)
+    matrix = torch.empty(config.vocab_size, config.hidden_size, device="meta")
+    load_head(Path(head), matrix, matrix, config.num_hidden_layers)
 
 
 def _load(job: dict[str, Any], device: torch.device) -> tuple[Target, DraftHead]:

@@ -69,9 +69,12 @@ def label(entry: dict[str, Any]) -> str:
     if entry["tree"] is None:
         return f"chain, {count} drafts"
     shape = entry["shape"]
-    if "paths" in shape:
-        return f"static tree, {count} drafts"
-    return f"tree, {count} drafts (depth {shape['depth']}, top-k {shape['top_k']})"
+    one_size = "verify_budget" in shape and shape["verify_budget"] is None
+    notes = ["fixed size"] if one_size else []
+    kind = "static tree"
+    if "paths" not in shape:
+        kind, notes = "tree", [f"depth {shape['depth']}", f"top-k {shape['top_k']}", *notes]
+    return f"{kind}, {count} drafts" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _find(entry: dict[str, Any], dataset: str, temperature: float) -> dict[str, Any] | None:

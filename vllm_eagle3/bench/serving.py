@@ -12,7 +12,6 @@ repeat, and figures are medians over the repeats.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -27,13 +26,17 @@ from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.llm import kv_bytes_per_token
 from vllm_eagle3.bench.options import (
     MEMORY_SHARE,
+    add_configurations,
+    add_data,
     add_pair,
     check_positive,
+    json_object,
     recorded,
     select,
 )
 from vllm_eagle3.bench.output import write_results
-from vllm_eagle3.bench.questions import DEFAULT_DATA, Question, load_questions
+from vllm_eagle3.bench.pair import check_pair
+from vllm_eagle3.bench.questions import Question, load_questions
 from vllm_eagle3.bench.schedule import rotation, take_turns
 from vllm_eagle3.bench.servers import Server, run_client, write_dataset
 from vllm_eagle3.bench.serving_report import FIGURES, render, summarize
@@ -52,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add_pair(parser)
-    add("--chain", nargs="*", type=int, default=[3], help="drafts of vLLM's chains")
-    add("--tree", nargs="*", default=["63"], help="trees, as N or N/DEPTH/TOP_K")
+    add_data(parser)
+    add_configurations(parser, [3], ["63"])
     add("--no-plain", action="store_true", help="leave plain decoding out")
     add("--concurrency", nargs="+", type=int, default=[1, 4, 16], help="chats at once")
     add("--prompts", type=int, default=10, help="chats for each one at once")
@@ -61,11 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=3, help="runs of the same chats; figures are medians")
     add("--max-tokens", type=int, default=128, help="tokens of every answer")
     add("--temperature", type=float, default=0.0)
-    add("--data", nargs="+", type=Path, default=DEFAULT_DATA, help='JSON lines with "turns"')
     add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
     add("--max-model-len", type=int, default=1024)
     add("--servers-at-once", type=int, default=4, help="alive side by side; one is busy")
-    add("--serve", type=json.loads, default={}, help="further options of vllm serve, JSON object")
+    add("--serve", type=json_object, default={}, help="further options of vllm serve, JSON object")
     add("--compile-cache", type=Path, help="a folder where each server keeps its compiled code")
     add("--start-timeout", type=float, default=400, help="seconds until all servers must stand")
     add("--timeout", type=float, default=300, help="seconds for one run of the client")
@@ -79,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a setting that cannot work, before any server starts.
     """
     configurations = select(args, plain=not args.no_plain)
+    check_pair(args, configurations, args.max_model_len)
     check_plugin(configurations)
     check_positive(args, "servers_at_once", "prompts", "repeats", "max_tokens")
+    check_positive(args, "max_model_len", "concurrency")
     folder = args.output.with_suffix(".logs")
     folder.mkdir(parents=True, exist_ok=True)
     chats = _mixed(load_questions(args.data))

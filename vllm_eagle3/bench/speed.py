@@ -8,26 +8,32 @@ See :mod:`vllm_eagle3.bench.ratios`.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from vllm_eagle3.bench.comparison import Comparison, Settings
 from vllm_eagle3.bench.configurations import check_plugin
-from vllm_eagle3.bench.options import add_pair, check_positive, select
-from vllm_eagle3.bench.questions import DEFAULT_DATA, load_questions
+from vllm_eagle3.bench.options import (
+    add_configurations,
+    add_data,
+    add_pair,
+    check_positive,
+    json_object,
+    select,
+)
+from vllm_eagle3.bench.pair import check_context, check_pair
+from vllm_eagle3.bench.questions import load_questions
 from vllm_eagle3.bench.schedule import Cell, make_prompts
 from vllm_eagle3.bench.speed_results import SpeedResults
-
-_TREES = ["31", "63"]
+from vllm_eagle3.data.target import load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add_pair(parser)
-    add("--chain", nargs="*", type=int, default=[1, 3, 5, 7], help="drafts of vLLM's chains")
-    add("--tree", nargs="*", default=_TREES, help="trees, as N or N/DEPTH/TOP_K")
+    add_data(parser)
+    add_configurations(parser, [1, 3, 5, 7], ["31", "63"])
     add("--no-plain", action="store_true", help="leave plain decoding out")
     add("--batch", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="batch sizes")
     add("--temperature", nargs="+", type=float, default=[0.0, 1.0])
@@ -35,19 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=int, default=96, help="tokens of every output")
     add("--prompts-per-repeat", type=int, default=3, help="at least; in batches of full size")
     add("--max-prompt", type=int, default=256, help="leave longer prompts out (tokens)")
-    add(
-        "--data",
-        nargs="+",
-        type=Path,
-        default=DEFAULT_DATA,
-        help='JSON lines with "turns" (default: MT-bench, HumanEval and GSM8K, mixed)',
-    )
     add("--seed", type=int, default=0)
     add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
     add("--engines-at-once", type=int, default=6, help="more go in rounds, with anchors")
     add("--max-num-batched-tokens", type=int, default=8192)
     add("--enforce-eager", action="store_true", help="without CUDA graphs: no fair comparison")
-    add("--engine", type=json.loads, default={}, help="further arguments of LLM, a JSON object")
+    add("--engine", type=json_object, default={}, help="further arguments of LLM, a JSON object")
     add("--profile", nargs="*", type=int, default=[], help="batch sizes of which steps are split")
     add("--profile-steps", type=int, default=30)
     add("--keep-traces", action="store_true", help="leave the profiler's traces beside the logs")
@@ -65,16 +64,15 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a setting that cannot work, before any engine starts.
     """
     configurations = select(args, plain=not args.no_plain)
-    check_plugin(configurations)
     _check(args)
-    from transformers import AutoTokenizer
-
+    check_pair(args, configurations)
+    check_plugin(configurations)
     questions = load_questions(args.data)
-    tokenizer = AutoTokenizer.from_pretrained(args.target)
-    prompts = make_prompts(tokenizer, questions, args.max_prompt, args.seed)
+    prompts = make_prompts(load_tokenizer(args.target), questions, args.max_prompt, args.seed)
+    settings = Settings.from_arguments(args, prompts, configurations)
+    check_context(args.target, settings.engine["max_model_len"], "--max-prompt or --max-tokens")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     results = SpeedResults.create(args, configurations, prompts)
-    settings = Settings.from_arguments(args, prompts, configurations)
     comparison = Comparison(settings, configurations, prompts, results)
     comparison.run([Cell(batch, t) for batch in args.batch for t in args.temperature])
     results.write_plots()
@@ -83,10 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    check_positive(args, "batch", "profile", "profile_steps", "max_num_batched_tokens")
     check_positive(args, "repeats", "engines_at_once", "prompts_per_repeat")
-    for name in ("batch", "profile"):
-        if min(getattr(args, name), default=1) < 1:
-            raise ValueError(f"--{name}: a batch has at least one request")
     if max(args.profile, default=0) > max(args.batch):
         raise ValueError(f"--profile: at most the largest batch, {max(args.batch)}")
     if args.max_tokens < 2:

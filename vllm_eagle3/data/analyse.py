@@ -21,6 +21,7 @@ from vllm_eagle3.data.statistics import (
     scripts,
     turns_of,
 )
+from vllm_eagle3.data.target import load_tokenizer
 
 ANALYSIS_FILE = "analysis.json"
 _HELD_OUT = 10  # every tenth document is measured with what the others hold
@@ -49,11 +50,7 @@ def run(args: argparse.Namespace) -> None:
     """The command ``vllm-eagle3 data analyse``."""
     if args.log and not args.target:
         raise ValueError("--log needs --target: its tokenizer makes the log comparable")
-    tokenizer = None
-    if args.target:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(args.target)
+    tokenizer = load_tokenizer(args.target) if args.target else None
     result = analyse(
         args.data, tokenizer=tokenizer, log=args.log, clusters=args.clusters, seed=args.seed
     )

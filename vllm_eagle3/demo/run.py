@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, check_plugin, tree
+from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, check_plugin, parse_tree
 from vllm_eagle3.bench.jobs import WorkerError, run_worker
 from vllm_eagle3.bench.results import Run, compare
 from vllm_eagle3.bench.tau import Tally
@@ -45,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", nargs="+", default=list(PROMPTS), help="other prompts")
     add("--max-tokens", type=int, default=64, help="longest answer")
     add("--chain", type=int, default=5, help="drafts of the chain")
-    add("--tree", type=int, default=32, help="drafts of the tree")
-    add("--depth", type=int, default=6)
-    add("--top-k", type=int, default=8)
+    add("--tree", default="32/6/8", help="N or N/DEPTH/TOP_K, or a static tree (default: 32/6/8)")
     add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
 
 
@@ -61,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     start = time.monotonic()
-    configurations = [PLAIN, chain(args.chain), tree(args.tree, args.depth, args.top_k)]
+    configurations = [PLAIN, chain(args.chain), parse_tree(args.tree, one_size=True)]
     check_plugin(configurations)
     console.print(_legend(_coloured(console)))
     if not (args.head / "config.json").is_file():
@@ -88,7 +86,8 @@ def describe(configuration: Configuration) -> str:
         return "plain decoding"
     if configuration.tree is None:
         return f"chain of {configuration.num_speculative_tokens} drafts (vLLM's own)"
-    return f"dynamic tree of {configuration.num_speculative_tokens} drafts"
+    kind = "dynamic" if configuration.as_tree.paths is None else "static"
+    return f"{kind} tree of {configuration.num_speculative_tokens} drafts"
 
 
 def summary_rows(

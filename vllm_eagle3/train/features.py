@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from vllm_eagle3.data.target import reading_target
 from vllm_eagle3.train.data import TokenBatch
 from vllm_eagle3.train.documents import DocumentLayout, attend_within_documents
 
@@ -159,14 +161,28 @@ def load_target(path: str | Path, dtype: torch.dtype) -> nn.Module:
     """Load a Llama checkpoint from a folder or a hub name, into the CPU's memory.
 
     Raises:
-        ValueError: the model is not a Llama.
+        ValueError: the model is not a Llama, or cannot be read.
     """
-    from transformers import AutoConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = AutoConfig.from_pretrained(path)
+    config = read_target_config(path)
+    with reading_target(path):
+        return LlamaForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+
+
+def read_target_config(path: str | Path) -> Any:
+    """The Transformers config of a Llama checkpoint.
+
+    Raises:
+        ValueError: as :func:`load_target`.
+    """
+    from transformers import AutoConfig
+
+    with reading_target(path):
+        config = AutoConfig.from_pretrained(path)
     if config.model_type != "llama":
         raise ValueError(
             f"target {str(path)!r} is of type {config.model_type!r}: heads can be trained for "
             "'llama' targets"
         )
-    return LlamaForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+    return config
