@@ -1,6 +1,7 @@
 """Conversations that a target writes itself: what is kept, dropped, and kept over restarts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,28 @@ def test_a_damaged_shard_is_named_and_its_name_is_not_taken_again(
     install(monkeypatch, ScriptedEngine(questions=questions(90)[40:]))
     assert synthesize(target, tmp_path / "out", config)["tokens"] >= 200
     assert second.read_bytes() == whole
+
+
+def test_a_folder_takes_shards_of_one_target_and_one_set_of_settings(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, config = tmp_path / "out", SynthConfig(tokens=100, **SETTINGS)
+    install(monkeypatch, ScriptedEngine(questions=questions(50)))
+    synthesize(target, out, config)
+    kept = {path.name: path.read_bytes() for path in out.glob("shard-*")}
+    given = tmp_path / "given.jsonl"
+    given.write_text('{"prompt": "How tall is it?"}\n')
+    changes = {
+        "replicas": {"replicas": 2},
+        "kinds": {"kinds": (Kind("chat", "You are brief."),)},
+        "prompts": {"prompts": (given,)},
+    }
+    for name, change in changes.items():
+        with pytest.raises(ValueError, match=f"another setting of {name} .*another folder"):
+            synthesize(target, out, replace(config, **change))
+    with pytest.raises(ValueError, match="another setting of target"):
+        synthesize(str(tmp_path / "other"), out, config)
+    assert {path.name: path.read_bytes() for path in out.glob("shard-*")} == kept
+    (out / "synthesis.json").unlink()
+    with pytest.raises(ValueError, match="holds other training data"):
+        synthesize(target, out, config)
