@@ -8,7 +8,8 @@ import pytest
 
 from tests.data.tokenizers import byte_tokenizer
 from tests.engine.scripted import ScriptedEngine
-from vllm_eagle3.corpus import read_corpus
+from vllm_eagle3.corpus import Document, read_corpus
+from vllm_eagle3.engine import replica
 from vllm_eagle3.engine.conversation import Kind
 from vllm_eagle3.engine.replica import Replica
 from vllm_eagle3.engine.synthesize import SynthConfig, synthesize
@@ -76,6 +77,26 @@ def test_an_interrupted_synthesis_goes_on(
     assert [d.tokens.tolist() for d in read_corpus(tmp_path / "out")][:3] == kept
     assert metadata["tokens"] >= 400
     assert metadata["documents"] == metadata["documents_by_kind"]["chat"]
+
+
+def test_an_interruption_while_a_shard_is_written_keeps_its_documents_once(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, interruptions = replica.add_shard, [KeyboardInterrupt]
+
+    def write_and_be_interrupted(path: Path, documents: list[Document]) -> None:
+        write(path, documents)
+        if interruptions:
+            raise interruptions.pop()
+
+    monkeypatch.setattr(replica, "add_shard", write_and_be_interrupted)
+    install(monkeypatch, ScriptedEngine(questions=questions(50)))
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(target, tmp_path / "out", SynthConfig(tokens=400, shard_documents=3, **SETTINGS))
+    documents = [d.tokens.tobytes() for d in read_corpus(tmp_path / "out")]
+    assert len(set(documents)) == len(documents) == 3
+    status = json.loads((tmp_path / "out" / "replica-00.json").read_text())
+    assert status["documents_by_kind"] == {"chat": 3}
 
 
 def test_a_damaged_shard_is_named_and_its_name_is_not_taken_again(

@@ -34,6 +34,7 @@ class Replica(ABC):
         self.status_path = out_dir / f"replica-{index:02d}.json"
         self.finished: list[tuple[Any, Document]] = []
         self.tokens = self.unwritten_tokens = 0
+        self._shard: Path | None = None  # that is being written
         self.rng = random.Random(f"{config.seed}/{index}")
         self.on_report: Callable[[], None] = lambda: None
 
@@ -158,15 +159,16 @@ class Replica(ABC):
             self.write_shard()
 
     def write_shard(self) -> None:
-        """Write what is finished, and the status."""
+        """Write what is finished, and the status; after an interruption, the same shard again."""
         if self.finished:
-            path = next_shard_path(self.out_dir, self.index)
+            if self._shard is None:
+                self._shard = next_shard_path(self.out_dir, self.index)
             labels = [label for label, _ in self.finished]
-            self.shard_begins(path, labels)
-            add_shard(path, [document for _, document in self.finished])
+            self.shard_begins(self._shard, labels)
+            add_shard(self._shard, [document for _, document in self.finished])
+            self.finished, self._shard = [], None
+            self.tokens, self.unwritten_tokens = self.tokens + self.unwritten_tokens, 0
             self.shard_written(labels)
-            self.tokens += self.unwritten_tokens
-            self.finished, self.unwritten_tokens = [], 0
         self.report()
 
     def report(self) -> None:
