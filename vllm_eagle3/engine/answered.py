@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm_eagle3.corpus import read_shard, shard_paths, write_json
-from vllm_eagle3.engine.shard_writer import writing
+from vllm_eagle3.engine.shard_writer import REMEDY
 
 
 class Answer(NamedTuple):
@@ -41,9 +41,7 @@ class Answered(NamedTuple):
 
 def write_answers(shard: Path, answers: Sequence[Answer]) -> None:
     """Note the prompts of a shard that is about to be written."""
-    path = _notes(shard)
-    with writing(path):
-        write_json(path, {"answers": [list(answer) for answer in answers]})
+    write_json(_notes(shard), {"answers": [list(answer) for answer in answers]}, REMEDY)
 
 
 def read_answered(out_dir: Path) -> Answered:

@@ -24,7 +24,7 @@ from vllm_eagle3.engine.regenerate_replica import RegenerateConfig, RegenerateRe
 from vllm_eagle3.engine.replica_config import add_replica_arguments, add_setting, settings_from
 from vllm_eagle3.engine.replica_processes import Progress, raise_failed, run_replicas, statuses
 from vllm_eagle3.engine.run_folder import claim_folder
-from vllm_eagle3.engine.shard_writer import writing
+from vllm_eagle3.engine.shard_writer import REMEDY
 
 RUN_FILE = "regenerate.json"
 _MOST_NAMES = 100  # of unreadable or skipped lines in the metadata; all of them are counted
@@ -172,9 +172,7 @@ def _finish(
         "tokens_per_second": round(new_tokens / max(seconds, 1e-9)),
         "config": settings,
     }
-    path = out_dir / METADATA_FILE
-    with writing(path):
-        write_json(path, metadata)
+    write_json(out_dir / METADATA_FILE, metadata, REMEDY)
     print(
         f"{answered.documents:,} conversations, {answered.tokens:,} tokens; {unanswered:,} to be"
         f" answered yet, {len(left_out):,} left out, {len(given.unreadable):,} unreadable lines",

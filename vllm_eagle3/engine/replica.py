@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_eagle3.corpus import Document, write_json
 from vllm_eagle3.engine.replica_config import ReplicaConfig
-from vllm_eagle3.engine.shard_writer import add_shard, next_shard_path, writing
+from vllm_eagle3.engine.shard_writer import REMEDY, add_shard, next_shard_path
 
 _DEVICE_SHARE = 0.85  # of the memory, for all replicas together
 
@@ -173,8 +173,7 @@ class Replica(ABC):
 
     def report(self) -> None:
         """Write the status where the progress bar finds it."""
-        with writing(self.status_path):
-            write_json(self.status_path, self.status())
+        write_json(self.status_path, self.status(), REMEDY)
         self.on_report()
 
 

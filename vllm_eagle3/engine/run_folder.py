@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.corpus import shard_paths, write_json
-from vllm_eagle3.engine.shard_writer import writing
+from vllm_eagle3.engine.shard_writer import REMEDY
 
 
 def claim_folder(out_dir: Path, file_name: str, identity: dict[str, Any]) -> None:
@@ -34,5 +34,4 @@ def claim_folder(out_dir: Path, file_name: str, identity: dict[str, Any]) -> Non
     if any(shard_paths(out_dir)):
         raise ValueError(f"{out_dir} holds other training data: choose another folder for --out")
     out_dir.mkdir(parents=True, exist_ok=True)
-    with writing(path):
-        write_json(path, identity)
+    write_json(path, identity, REMEDY)

@@ -21,7 +21,7 @@ from vllm_eagle3.data.duplicates import EvaluationSets
 from vllm_eagle3.engine.conversation import given_questions
 from vllm_eagle3.engine.replica_processes import Progress, raise_failed, run_replicas, statuses
 from vllm_eagle3.engine.run_folder import claim_folder
-from vllm_eagle3.engine.shard_writer import add_shard
+from vllm_eagle3.engine.shard_writer import REMEDY, add_shard
 from vllm_eagle3.engine.synth_config import SynthConfig, add_arguments, config_from_arguments
 from vllm_eagle3.engine.synth_replica import SynthReplica
 
@@ -119,6 +119,6 @@ def _finish(target: str, out_dir: Path, config: SynthConfig, seconds: float) -> 
         "tokens_per_second": round(tokens / max(seconds, 1e-9)),
         "config": settings,
     }
-    write_json(out_dir / METADATA_FILE, metadata)
+    write_json(out_dir / METADATA_FILE, metadata, REMEDY)
     print(f"{documents:,} documents, {tokens:,} tokens in {seconds:.0f} s", file=sys.stderr)
     return metadata
