@@ -45,6 +45,29 @@ def diagonal_attention(
     return _FlashPlusDiagonal.apply(q_BNTD, k_BNTD, v_BNTD, *diagonal_k, *diagonal_v)
 
 
+def check_flash(head_dim: int, capability: tuple[int, int]) -> None:
+    """Refuse what CUDA's flash kernel, called without SDPA's checks and padding, cannot take.
+
+    Args:
+        head_dim: of the head to be trained, in float16 or bfloat16.
+        capability: CUDA compute capability, as of ``torch.cuda.get_device_capability``.
+
+    Raises:
+        ValueError: another ``--attention`` is needed.
+    """
+    # Its backward needs more shared memory than these have.
+    small = capability in ((8, 6), (8, 9)) or capability >= (12, 0)
+    longest = 192 if small else 256
+    has = f"{capability[0]}.{capability[1]}"
+    if capability < (8, 0):
+        problem = f"needs compute capability 8.0, this GPU has {has}"
+    elif head_dim % 8 or head_dim > longest:
+        problem = f"takes head_dim in multiples of 8 up to {longest} on this GPU, not {head_dim}"
+    else:
+        return
+    raise ValueError(f"attention='flash' {problem}: give --attention math")
+
+
 class DiagonalAttention:
     """:func:`diagonal_attention` of one draft step, within the documents of packed rows.
 

@@ -83,7 +83,7 @@ class _Trainer:
         torch.manual_seed(config.seed)
         corpus = read_corpus(data_dir)
         self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
-        self.learner = Learner(target, self.documents, config, device, world)
+        self.learner = Learner(target, self.documents, config, device, world, self.held_out)
         self.loader = Loader(self.documents, config, world, self.learner.settings.num_steps)
         self.step = self.tokens_seen = 0
         self.saved_step: int | None = None
