@@ -158,14 +158,15 @@ class _FlashPlusDiagonal(torch.autograd.Function):
             return grad_q, grad_k, grad_v
         accurate = weights_JBNT.dtype
         scale = 1.0 / math.sqrt(q.shape[-1])
-        delta = (grad.to(accurate) * out.to(accurate)).sum(-1)
+        accurate_q, accurate_grad = q.to(accurate), grad.to(accurate)
+        delta = (accurate_grad * out.to(accurate)).sum(-1)
         grad_q = grad_q.to(accurate)
         grad_keys, grad_values = [], []
         for weight, key, value in zip(weights_JBNT, keys, values, strict=True):
             grad_score = weight * ((grad * value).sum(-1, dtype=accurate) - delta) * scale
             grad_q = grad_q.addcmul(grad_score.unsqueeze(-1), key.to(accurate))
-            grad_keys.append((grad_score.unsqueeze(-1) * q.to(accurate)).to(key.dtype))
-            grad_values.append((weight.unsqueeze(-1) * grad.to(accurate)).to(value.dtype))
+            grad_keys.append((grad_score.unsqueeze(-1) * accurate_q).to(key.dtype))
+            grad_values.append((weight.unsqueeze(-1) * accurate_grad).to(value.dtype))
         return grad_q.to(q.dtype), grad_k, grad_v, *grad_keys, *grad_values
 
 

@@ -93,14 +93,14 @@ class SharedHeadCrossEntropy(torch.autograd.Function):
             log_q = logits.to(accurate).log_softmax(-1)
             q = log_q.exp()
             losses[0] -= (p * log_q).sum()
-            grads[0, part] = ((q - p) / num_rows).to(x_MH.dtype) @ matrix_VH
+            grads[0, part] = (q - p).to(x_MH.dtype) @ matrix_VH
             if num_top:
                 best = p.topk(min(num_top, p.shape[-1]), -1)
                 losses[1] -= (best.values * log_q.gather(-1, best.indices)).sum()
                 grad = q * best.values.sum(-1, keepdim=True)
                 grad.scatter_add_(-1, best.indices, -best.values)
-                grads[1, part] = (grad / num_rows).to(x_MH.dtype) @ matrix_VH
-        ctx.save_for_backward(*grads)
+                grads[1, part] = grad.to(x_MH.dtype) @ matrix_VH
+        ctx.save_for_backward(*grads.div_(max(1, num_rows)))
         ctx.mark_non_differentiable(drafted_M, agree_M)
         losses /= max(1, num_rows)
         return losses[0], losses[1], drafted_M, agree_M

@@ -55,7 +55,7 @@ def aligned_loss(head: Eagle1Head, batch: FeatureBatch, settings: LossSettings) 
             head,
             out_BTH.flatten(0, 1).index_select(0, slots_M),
             features_PH[slots_M + 1 + step],
-            settings.top_k,
+            settings.top_k if settings.top_k_weight else 0,
         )
         losses.append(
             terms["feature"]
