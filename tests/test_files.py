@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.full_disk import fill_disk_for
+from tests.full_disk import fill_disk_for, no_room
 from vllm_eagle3.files import replacing
 
 
@@ -44,6 +45,22 @@ def test_a_full_disk_leaves_the_file_and_names_it_with_the_remedy(tmp_path: Path
         write(path, "2", remedy="wait a day", previous=tmp_path / "a.before")
     assert path.read_text() == "1"
     assert names(tmp_path) == ["a"]
+
+
+def test_torch_on_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    wanted = pytest.raises(ValueError, match=r"/a could not be written")
+    with no_room(), wanted, replacing(path) as scratch:
+        torch.save({"weight": torch.zeros(1000)}, scratch)
+    assert names(tmp_path) == []
+
+
+def test_what_is_not_of_the_disk_passes_as_it_is(tmp_path: Path) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError), replacing(tmp_path / "a") as scratch:  # noqa: PT012
+        scratch.write_text("half")
+        raise error
+    assert names(tmp_path) == []
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_eagle3.files import replacing
+from vllm_eagle3.files import DEFAULT_REMEDY, replacing
 
 METADATA_FILE = "metadata.json"
 
@@ -29,8 +29,11 @@ class Document:
     assistant: np.ndarray
 
 
-def write_shard(path: Path, documents: Sequence[Document]) -> None:
+def write_shard(path: Path, documents: Sequence[Document], remedy: str = DEFAULT_REMEDY) -> None:
     """Write a shard; ``path`` never holds half of one.
+
+    Args:
+        remedy: what the user can do where it cannot be written.
 
     Raises:
         ValueError: the disk is full or not writable.
@@ -43,7 +46,7 @@ def write_shard(path: Path, documents: Sequence[Document]) -> None:
         "offsets": np.concatenate(([0], np.cumsum(lengths))).astype(np.int64),
         "assistant": np.concatenate([d.assistant for d in documents]).astype(np.uint8),
     }
-    with replacing(path) as scratch:
+    with replacing(path, remedy) as scratch:
         save_file(arrays, scratch)
 
 
@@ -93,11 +96,14 @@ def shard_paths(data_dir: Path) -> Iterator[Path]:
     yield from sorted(Path(data_dir).glob("shard-*.safetensors"))
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any], remedy: str = DEFAULT_REMEDY) -> None:
     """Replace ``path`` in one step.
+
+    Args:
+        remedy: what the user can do where it cannot be written.
 
     Raises:
         ValueError: the disk is full or not writable; ``path`` is as it was.
     """
-    with replacing(path) as scratch:
+    with replacing(path, remedy) as scratch:
         scratch.write_text(json.dumps(content, indent=2) + "\n")

@@ -5,14 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_REMEDY = (
+DEFAULT_REMEDY = (
     "free some space, or name a folder that can be written, and run the command again (a training "
     "with --resume)"
 )
+# What torch says where its archive cannot be written: a RuntimeError, as of all else in torch.
+_FAILED_ARCHIVE = ("inline_container.cc", "iostream error", "Parent directory")
 
 
 @contextmanager
-def replacing(path: Path, remedy: str = _REMEDY, previous: Path | None = None) -> Iterator[Path]:
+def replacing(
+    path: Path, remedy: str = DEFAULT_REMEDY, previous: Path | None = None
+) -> Iterator[Path]:
     """Give a name beside ``path`` to write to; at the end that file takes the place of ``path``.
 
     It is flushed to the disk before, so that not even a power failure leaves half of it.
@@ -38,15 +42,23 @@ def replacing(path: Path, remedy: str = _REMEDY, previous: Path | None = None) -
 
 
 @contextmanager
-def writing(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
-    """Turn what goes wrong in writing ``path`` into a ValueError that names it and the remedy."""
+def writing(path: Path, remedy: str = DEFAULT_REMEDY) -> Iterator[None]:
+    """Turn what goes wrong in writing ``path`` into a ValueError that names it and the remedy.
+
+    Other errors, such as a device that is out of memory, pass as they are.
+    """
     from safetensors import SafetensorError
 
     try:
         yield
-    # torch reports a failed write of its archive as a RuntimeError.
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not _is_failed_archive(error):
+            raise
         raise ValueError(f"{path} could not be written ({error}): {remedy}") from error
+
+
+def _is_failed_archive(error: RuntimeError) -> bool:
+    return any(words in str(error) for words in _FAILED_ARCHIVE)
 
 
 def flush_folder(folder: Path) -> None:

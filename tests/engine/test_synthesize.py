@@ -1,13 +1,15 @@
 """Conversations that a target writes itself: what is kept, dropped, and kept over restarts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.data.tokenizers import byte_tokenizer
 from tests.engine.scripted import ScriptedEngine
-from vllm_eagle3.corpus import read_corpus
+from vllm_eagle3.corpus import Document, read_corpus
+from vllm_eagle3.engine import replica
 from vllm_eagle3.engine.conversation import Kind
 from vllm_eagle3.engine.replica import Replica
 from vllm_eagle3.engine.synthesize import SynthConfig, synthesize
@@ -77,6 +79,26 @@ def test_an_interrupted_synthesis_goes_on(
     assert metadata["documents"] == metadata["documents_by_kind"]["chat"]
 
 
+def test_an_interruption_while_a_shard_is_written_keeps_its_documents_once(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, interruptions = replica.add_shard, [KeyboardInterrupt]
+
+    def write_and_be_interrupted(path: Path, documents: list[Document]) -> None:
+        write(path, documents)
+        if interruptions:
+            raise interruptions.pop()
+
+    monkeypatch.setattr(replica, "add_shard", write_and_be_interrupted)
+    install(monkeypatch, ScriptedEngine(questions=questions(50)))
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(target, tmp_path / "out", SynthConfig(tokens=400, shard_documents=3, **SETTINGS))
+    documents = [d.tokens.tobytes() for d in read_corpus(tmp_path / "out")]
+    assert len(set(documents)) == len(documents) == 3
+    status = json.loads((tmp_path / "out" / "replica-00.json").read_text())
+    assert status["documents_by_kind"] == {"chat": 3}
+
+
 def test_a_damaged_shard_is_named_and_its_name_is_not_taken_again(
     tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,3 +114,28 @@ def test_a_damaged_shard_is_named_and_its_name_is_not_taken_again(
     install(monkeypatch, ScriptedEngine(questions=questions(90)[40:]))
     assert synthesize(target, tmp_path / "out", config)["tokens"] >= 200
     assert second.read_bytes() == whole
+
+
+def test_a_folder_takes_shards_of_one_target_and_one_set_of_settings(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, config = tmp_path / "out", SynthConfig(tokens=100, **SETTINGS)
+    install(monkeypatch, ScriptedEngine(questions=questions(50)))
+    synthesize(target, out, config)
+    kept = {path.name: path.read_bytes() for path in out.glob("shard-*")}
+    given = tmp_path / "given.jsonl"
+    given.write_text('{"prompt": "How tall is it?"}\n')
+    changes = {
+        "replicas": {"replicas": 2},
+        "kinds": {"kinds": (Kind("chat", "You are brief."),)},
+        "prompts": {"prompts": (given,)},
+    }
+    for name, change in changes.items():
+        with pytest.raises(ValueError, match=f"another setting of {name} .*another folder"):
+            synthesize(target, out, replace(config, **change))
+    with pytest.raises(ValueError, match="another setting of target"):
+        synthesize(str(tmp_path / "other"), out, config)
+    assert {path.name: path.read_bytes() for path in out.glob("shard-*")} == kept
+    (out / "synthesis.json").unlink()
+    with pytest.raises(ValueError, match="holds other training data"):
+        synthesize(target, out, config)

@@ -48,12 +48,14 @@ class Pair:
         for process in self._processes:
             os.kill(process.pid, signal.SIGINT)
 
-    def end(self, code: int = 0) -> None:
-        """Wait for both, and for this exit code."""
+    def end(self, code: int = 0, other: int | None = None) -> None:
+        """Wait for both, and for this exit code; ``other``: where that of rank 1 differs."""
         for process in self._processes:
             process.join(120)
         codes = [process.exitcode for process in self._processes]
-        assert codes == [code, code], [path.read_text()[-2000:] for path in self._outputs]
+        assert codes == [code, code if other is None else other], [
+            path.read_text()[-2000:] for path in self._outputs
+        ]
 
     def kill(self) -> None:
         for process in self._processes:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_eagle3.train.attention import diagonal_attention
+from vllm_eagle3.train.attention import check_flash, diagonal_attention
 
 
 def inputs(num_steps: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -67,3 +67,24 @@ def test_on_cuda_bfloat16_is_as_exact_as_bfloat16_allows() -> None:
         ]
     for flash, math in zip(errors["flash"], errors["math"], strict=True):
         assert flash <= 2 * math + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "capability", "problem"),
+    [
+        (128, (7, 5), "needs compute capability 8.0, this GPU has 7.5"),
+        (100, (9, 0), "multiples of 8 up to 256 .*not 100"),
+        (264, (9, 0), "multiples of 8 up to 256 .*not 264"),
+        (256, (8, 9), "multiples of 8 up to 192 .*not 256"),
+    ],
+)
+def test_what_the_flash_kernel_cannot_take_is_refused_with_the_other_choice(
+    head_dim: int, capability: tuple[int, int], problem: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{problem}.*--attention math"):
+        check_flash(head_dim, capability)
+
+
+@pytest.mark.parametrize(("head_dim", "capability"), [(64, (8, 0)), (256, (9, 0)), (192, (8, 9))])
+def test_what_the_flash_kernel_can_take_passes(head_dim: int, capability: tuple[int, int]) -> None:
+    check_flash(head_dim, capability)

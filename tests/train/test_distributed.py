@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.train import small
-from tests.train.processes import pair
+from tests.train.processes import Pair, pair
 from vllm_eagle3.corpus import write_shard
-from vllm_eagle3.train.distributed import World
+from vllm_eagle3.train.distributed import World, joined
 from vllm_eagle3.train.loader import Loader
 from vllm_eagle3.train.settings import TrainConfig
 from vllm_eagle3.train.trainer import train
@@ -40,6 +41,14 @@ def two(paths: tuple[Path, Path], out: Path, *flags: str, **options: object):
     target, data = map(str, paths)
     given = [f"--{name.replace('_', '-')}={value}" for name, value in (OPTIONS | options).items()]
     return pair(["--target", target, "--data", data, "--out", str(out), *flags, *given], out)
+
+
+def wait_for_a_step(out: Path, both: Pair) -> None:
+    log, deadline = out / "training_log.jsonl", time.monotonic() + 60
+    while not log.is_file() or '"step"' not in log.read_text():
+        assert time.monotonic() < deadline
+        assert both.alive
+        time.sleep(0.02)
 
 
 def entries(out: Path, event: str) -> list[dict]:
@@ -122,11 +131,7 @@ def test_a_signal_ends_both_after_the_same_step_and_both_go_on_bit_by_bit(
     with two(paths, whole, **options) as both:
         both.end()
     with two(paths, broken, **options) as both:
-        log, deadline = broken / "training_log.jsonl", time.monotonic() + 60
-        while not log.is_file() or '"step"' not in log.read_text():
-            assert time.monotonic() < deadline
-            assert both.alive
-            time.sleep(0.02)
+        wait_for_a_step(broken, both)
         both.interrupt()
         both.interrupt()  # as torchrun passes on what the terminal has sent
         both.end(130)
@@ -139,6 +144,35 @@ def test_a_signal_ends_both_after_the_same_step_and_both_go_on_bit_by_bit(
     for name, weight in state(whole)["head"].items():
         assert torch.equal(state(broken)["head"][name], weight), name
     assert_steps_alike(whole, broken, rel=0)
+
+
+def test_a_failure_of_one_ends_both_at_once_and_is_named(
+    paths: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with two(paths, out, steps=5000, epochs=5000, save_every=50) as both:
+        wait_for_a_step(out, both)
+        # Nothing can take the place of a folder: what the main process alone writes fails.
+        (out / "training_state.pt").mkdir()
+        started = time.monotonic()
+        both.end(2, 1)
+    assert time.monotonic() - started < 30
+    assert "training_state.pt could not be written" in (out / "rank0.txt").read_text()
+
+
+def test_a_failure_leaves_the_group_without_waiting_for_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OSError, match="full"), joined("cpu"):
+        raise OSError("full")
+    assert dist.is_initialized()  # leaving it is where NCCL waits
+    dist.destroy_process_group()
+    with joined("cpu") as (world, _):
+        assert world.gather("here") == ["here"]
+    assert not dist.is_initialized()
 
 
 def test_every_batch_is_read_by_one_process_and_shares_add_up() -> None:

@@ -144,6 +144,14 @@ def test_eagle1_is_hass_without_its_two_ideas() -> None:
     assert OBJECTIVES["hass"].loss(head, batch, hass).loss == trained.loss
 
 
+def test_top_k_distillation_without_weight_is_left_out() -> None:
+    objective, _, head, batch = setup("hass")
+    counted = objective.loss(head, batch, replace(objective.settings, feature_noise=0.0))
+    left_out = replace(objective.settings, feature_noise=0.0, top_k_weight=0.0)
+    assert (counted.parts["top_k"] > 0).all()
+    assert (objective.loss(head, batch, left_out).parts["top_k"] == 0).all()
+
+
 def test_logits_in_many_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_eagle3.train.objectives import cross_entropy
 

@@ -8,12 +8,10 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vllm_eagle3.corpus import read_shard, shard_paths, write_json
-from vllm_eagle3.engine.shard_writer import writing
-
-RUN_FILE = "regenerate.json"
+from vllm_eagle3.engine.shard_writer import REMEDY
 
 
 class Answer(NamedTuple):
@@ -43,9 +41,7 @@ class Answered(NamedTuple):
 
 def write_answers(shard: Path, answers: Sequence[Answer]) -> None:
     """Note the prompts of a shard that is about to be written."""
-    path = _notes(shard)
-    with writing(path):
-        write_json(path, {"answers": [list(answer) for answer in answers]})
+    write_json(_notes(shard), {"answers": [list(answer) for answer in answers]}, REMEDY)
 
 
 def read_answered(out_dir: Path) -> Answered:
@@ -77,32 +73,6 @@ def read_answered(out_dir: Path) -> Answered:
         tokens += sum(len(document.tokens) for document in shard)
         assistant_tokens += int(sum(document.assistant.sum() for document in shard))
     return Answered(prompts, turns, ends, documents, tokens, assistant_tokens)
-
-
-def claim_folder(out_dir: Path, identity: dict[str, Any]) -> None:
-    """Let ``out_dir`` hold the answers to these prompts, or see that it does already.
-
-    Raises:
-        ValueError: it holds answers to other prompts, or of another target.
-    """
-    path = out_dir / RUN_FILE
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): choose another --out") from error
-        for name, value in identity.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"{out_dir} was begun with another setting of {name} ({before.get(name)}, now"
-                    f" {value}): give the same again, or another folder for --out"
-                )
-        return
-    if any(shard_paths(out_dir)):
-        raise ValueError(f"{out_dir} holds other training data: choose another folder for --out")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with writing(path):
-        write_json(path, identity)
 
 
 def _notes(shard: Path) -> Path:

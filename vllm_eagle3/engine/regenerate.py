@@ -19,12 +19,14 @@ from typing import Any
 from vllm_eagle3.corpus import METADATA_FILE, write_json
 from vllm_eagle3.data.duplicates import EvaluationSets
 from vllm_eagle3.data.formats import Chat, ChatFile, read_chats
-from vllm_eagle3.engine.answered import claim_folder, read_answered
+from vllm_eagle3.engine.answered import read_answered
 from vllm_eagle3.engine.regenerate_replica import RegenerateConfig, RegenerateReplica
 from vllm_eagle3.engine.replica_config import add_replica_arguments, add_setting, settings_from
 from vllm_eagle3.engine.replica_processes import Progress, raise_failed, run_replicas, statuses
-from vllm_eagle3.engine.shard_writer import writing
+from vllm_eagle3.engine.run_folder import claim_folder
+from vllm_eagle3.engine.shard_writer import REMEDY
 
+RUN_FILE = "regenerate.json"
 _MOST_NAMES = 100  # of unreadable or skipped lines in the metadata; all of them are counted
 REPEATED = "repeated prompt"
 
@@ -74,7 +76,7 @@ def regenerate(
     for line in given.unreadable[:5]:
         print(f"left out: {line}", file=sys.stderr)
     wanted, left_out = _choose(given.chats, EvaluationSets.from_files(config.exclude))
-    claim_folder(out_dir, _identity(given.chats, target, config))
+    claim_folder(out_dir, RUN_FILE, _identity(given.chats, target, config))
     answered = read_answered(out_dir)
     pending = [number for number in wanted if number not in answered.prompts]
     for path in out_dir.glob("replica-*.json"):  # of the earlier run
@@ -170,9 +172,7 @@ def _finish(
         "tokens_per_second": round(new_tokens / max(seconds, 1e-9)),
         "config": settings,
     }
-    path = out_dir / METADATA_FILE
-    with writing(path):
-        write_json(path, metadata)
+    write_json(out_dir / METADATA_FILE, metadata, REMEDY)
     print(
         f"{answered.documents:,} conversations, {answered.tokens:,} tokens; {unanswered:,} to be"
         f" answered yet, {len(left_out):,} left out, {len(given.unreadable):,} unreadable lines",

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_eagle3.corpus import Document, write_json
 from vllm_eagle3.engine.replica_config import ReplicaConfig
-from vllm_eagle3.engine.shard_writer import add_shard, next_shard_path, writing
+from vllm_eagle3.engine.shard_writer import REMEDY, add_shard, next_shard_path
 
 _DEVICE_SHARE = 0.85  # of the memory, for all replicas together
 
@@ -34,6 +34,7 @@ class Replica(ABC):
         self.status_path = out_dir / f"replica-{index:02d}.json"
         self.finished: list[tuple[Any, Document]] = []
         self.tokens = self.unwritten_tokens = 0
+        self._shard: Path | None = None  # that is being written
         self.rng = random.Random(f"{config.seed}/{index}")
         self.on_report: Callable[[], None] = lambda: None
 
@@ -158,21 +159,21 @@ class Replica(ABC):
             self.write_shard()
 
     def write_shard(self) -> None:
-        """Write what is finished, and the status."""
+        """Write what is finished, and the status; after an interruption, the same shard again."""
         if self.finished:
-            path = next_shard_path(self.out_dir, self.index)
+            if self._shard is None:
+                self._shard = next_shard_path(self.out_dir, self.index)
             labels = [label for label, _ in self.finished]
-            self.shard_begins(path, labels)
-            add_shard(path, [document for _, document in self.finished])
+            self.shard_begins(self._shard, labels)
+            add_shard(self._shard, [document for _, document in self.finished])
+            self.finished, self._shard = [], None
+            self.tokens, self.unwritten_tokens = self.tokens + self.unwritten_tokens, 0
             self.shard_written(labels)
-            self.tokens += self.unwritten_tokens
-            self.finished, self.unwritten_tokens = [], 0
         self.report()
 
     def report(self) -> None:
         """Write the status where the progress bar finds it."""
-        with writing(self.status_path):
-            write_json(self.status_path, self.status())
+        write_json(self.status_path, self.status(), REMEDY)
         self.on_report()
 
 

@@ -1,10 +1,14 @@
 """Shards that data making adds to a folder; a full disk ends in one clear message."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_eagle3.corpus import Document, write_shard
+
+REMEDY = (
+    "the shards written before are whole; free space and run the same command again, it goes on "
+    "from them"
+)
 
 
 def next_shard_path(out_dir: Path, replica: int) -> Path:
@@ -20,21 +24,4 @@ def add_shard(path: Path, documents: Sequence[Document]) -> None:
     Raises:
         ValueError: it cannot be written, most often because the disk is full.
     """
-    with writing(path):
-        write_shard(path, documents)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in writing ``path`` into a ValueError, and leave no half file."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        for scratch in path.parent.glob(f".{path.name}.*"):
-            scratch.unlink(missing_ok=True)
-        raise ValueError(
-            f"cannot write {path} ({error}): the shards written before are whole; free space and"
-            " run the same command again, it goes on from them"
-        ) from error
+    write_shard(path, documents, REMEDY)

@@ -6,11 +6,13 @@ shards, so an interrupted run goes on where the last shard ended.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,14 @@ from vllm_eagle3.corpus import METADATA_FILE, read_shard, shard_paths, write_jso
 from vllm_eagle3.data.duplicates import EvaluationSets
 from vllm_eagle3.engine.conversation import given_questions
 from vllm_eagle3.engine.replica_processes import Progress, raise_failed, run_replicas, statuses
-from vllm_eagle3.engine.shard_writer import add_shard
+from vllm_eagle3.engine.run_folder import claim_folder
+from vllm_eagle3.engine.shard_writer import REMEDY, add_shard
 from vllm_eagle3.engine.synth_config import SynthConfig, add_arguments, config_from_arguments
 from vllm_eagle3.engine.synth_replica import SynthReplica
 
 __all__ = ["SynthConfig", "add_arguments", "run", "synthesize"]
+
+RUN_FILE = "synthesis.json"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,13 +44,13 @@ def synthesize(target: str, out_dir: Path, config: SynthConfig | None = None) ->
         The content of ``metadata.json``: documents, tokens, what was dropped, speed.
 
     Raises:
-        ValueError: an unsuitable tokenizer, or an unreadable file of questions.
+        ValueError: an unsuitable tokenizer, an unreadable file of questions, a full disk, or a
+            folder that holds other data: another target's, or of other kinds, prompts or replicas.
         RuntimeError: a replica failed.
     """
     config, out_dir = config or SynthConfig(), Path(out_dir)
     EvaluationSets.from_files(config.exclude)  # fails here, before any engine starts
-    given_questions(config.prompts)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    claim_folder(out_dir, RUN_FILE, _identity(target, config))
     started = time.time()
     deadline = None if config.minutes is None else started + 60 * config.minutes
     makers = [
@@ -57,6 +62,21 @@ def synthesize(target: str, out_dir: Path, config: SynthConfig | None = None) ->
     metadata = _finish(target, out_dir, config, time.time() - started)
     raise_failed(failed)
     return metadata
+
+
+def _identity(target: str, config: SynthConfig) -> dict[str, Any]:
+    """What must be equal for a rerun to go on; each replica counts its own share of the rest."""
+    kinds = [asdict(kind) for kind in config.kinds]
+    return {
+        "target": Path(target).name,
+        "replicas": config.replicas,
+        "kinds": _digest(kinds),
+        "prompts": _digest(given_questions(config.prompts)),
+    }
+
+
+def _digest(content: list[Any]) -> str:
+    return sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _finish(target: str, out_dir: Path, config: SynthConfig, seconds: float) -> dict[str, Any]:
@@ -99,6 +119,6 @@ def _finish(target: str, out_dir: Path, config: SynthConfig, seconds: float) -> 
         "tokens_per_second": round(tokens / max(seconds, 1e-9)),
         "config": settings,
     }
-    write_json(out_dir / METADATA_FILE, metadata)
+    write_json(out_dir / METADATA_FILE, metadata, REMEDY)
     print(f"{documents:,} documents, {tokens:,} tokens in {seconds:.0f} s", file=sys.stderr)
     return metadata

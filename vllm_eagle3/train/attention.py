@@ -45,6 +45,29 @@ def diagonal_attention(
     return _FlashPlusDiagonal.apply(q_BNTD, k_BNTD, v_BNTD, *diagonal_k, *diagonal_v)
 
 
+def check_flash(head_dim: int, capability: tuple[int, int]) -> None:
+    """Refuse what CUDA's flash kernel, called without SDPA's checks and padding, cannot take.
+
+    Args:
+        head_dim: of the head to be trained, in float16 or bfloat16.
+        capability: CUDA compute capability, as of ``torch.cuda.get_device_capability``.
+
+    Raises:
+        ValueError: another ``--attention`` is needed.
+    """
+    # Its backward needs more shared memory than these have.
+    small = capability in ((8, 6), (8, 9)) or capability >= (12, 0)
+    longest = 192 if small else 256
+    has = f"{capability[0]}.{capability[1]}"
+    if capability < (8, 0):
+        problem = f"needs compute capability 8.0, this GPU has {has}"
+    elif head_dim % 8 or head_dim > longest:
+        problem = f"takes head_dim in multiples of 8 up to {longest} on this GPU, not {head_dim}"
+    else:
+        return
+    raise ValueError(f"attention='flash' {problem}: give --attention math")
+
+
 class DiagonalAttention:
     """:func:`diagonal_attention` of one draft step, within the documents of packed rows.
 
@@ -135,14 +158,15 @@ class _FlashPlusDiagonal(torch.autograd.Function):
             return grad_q, grad_k, grad_v
         accurate = weights_JBNT.dtype
         scale = 1.0 / math.sqrt(q.shape[-1])
-        delta = (grad.to(accurate) * out.to(accurate)).sum(-1)
+        accurate_q, accurate_grad = q.to(accurate), grad.to(accurate)
+        delta = (accurate_grad * out.to(accurate)).sum(-1)
         grad_q = grad_q.to(accurate)
         grad_keys, grad_values = [], []
         for weight, key, value in zip(weights_JBNT, keys, values, strict=True):
             grad_score = weight * ((grad * value).sum(-1, dtype=accurate) - delta) * scale
             grad_q = grad_q.addcmul(grad_score.unsqueeze(-1), key.to(accurate))
-            grad_keys.append((grad_score.unsqueeze(-1) * q.to(accurate)).to(key.dtype))
-            grad_values.append((weight.unsqueeze(-1) * grad.to(accurate)).to(value.dtype))
+            grad_keys.append((grad_score.unsqueeze(-1) * accurate_q).to(key.dtype))
+            grad_values.append((weight.unsqueeze(-1) * accurate_grad).to(value.dtype))
         return grad_q.to(q.dtype), grad_k, grad_v, *grad_keys, *grad_values
 
 

@@ -42,13 +42,12 @@ A draft head for speculative decoding, trained with `vllm-eagle3 train`. vLLM lo
 
 Of this kind: {data.get("description", "user turns, and the answers of the target.")}
 {facts["documents"]:,} documents, {facts["tokens"]:,} tokens, of which the assistant wrote
-{facts["assistant_tokens"]:,}. Draft vocabulary: the {facts["draft_vocab_size"]:,} most frequent
-of those, {100 * facts["coverage"]:.2f} % of what the assistant wrote.
+{facts["assistant_tokens"]:,}. {_vocabulary(facts)}
 {_counts(data)}
 ## Training
 
-Training-time test with {config["num_ttt_steps"]} steps, decay {config["ttt_decay"]}; AdamW,
-peak learning rate {config["learning_rate"]:g}, clip {config["clip"]}, about
+{_objective(facts["method"], config)}; AdamW, peak learning rate
+{config["learning_rate"]:g}, clip {config["clip"]}, about
 {config["batch_tokens"]:,} tokens a step; {facts["steps"]:,} steps, {facts["tokens_seen"]:,} tokens
 seen, {facts["seconds"] / 60:.1f} minutes on {facts["processes"]} x {facts["device"]},
 seed {config["seed"]}.
@@ -68,6 +67,25 @@ A greedy chain of {len(evaluation["accepted"])} drafts would emit
 
 Apache-2.0, for these weights; {name} has a licence of its own.
 """
+
+
+def _vocabulary(facts: dict[str, Any]) -> str:
+    size = f"{facts['draft_vocab_size']:,}"
+    if facts["coverage"] == 1:
+        return f"Draft vocabulary: {size} tokens, among them all that the assistant wrote."
+    share = f"{100 * facts['coverage']:.2f} %"
+    return f"Draft vocabulary: the {size} most frequent of those, {share} of what it wrote."
+
+
+def _objective(method: str, config: dict[str, Any]) -> str:
+    num_steps = config["num_ttt_steps"] if config["ttt_decay"] else 1
+    steps = "one step" if num_steps == 1 else f"{num_steps} steps, decay {config['ttt_decay']:g}"
+    if method == "eagle3":
+        return f"Training-time test with {steps}"
+    terms = "feature regression and token cross-entropy"
+    if config["objective"] == "hass":
+        terms += f", top-K distillation from {100 * config['top_k_from']:.0f} % of the run on"
+    return f"Draft features in {steps}: {terms}"
 
 
 def _predictions(predicted: dict[str, Any]) -> str:

@@ -116,9 +116,10 @@ def load(
 ) -> tuple[Progress, list[dict[str, Any]]]:
     """Restore head and optimiser from the newest state that can be read.
 
-    On as many processes a run goes on bit by bit. On another number of them it reads the same
-    batches in the same order, if processes x ``accumulate`` is what it was; but sums are
-    rounded in another order, and noise is drawn anew.
+    On as many processes a run goes on bit by bit on the CPU, and up to the order of sums on a
+    GPU, whose flash kernel does not fix it in its backward pass. On another number of them it
+    reads the same batches in the same order, if processes x ``accumulate`` is what it was; but
+    sums are rounded in another order, and noise is drawn anew.
 
     Args:
         inputs: as for :func:`save`, of this run.

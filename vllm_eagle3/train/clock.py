@@ -39,8 +39,11 @@ class Clock:
         by_steps = step / self._num_steps
         if self.minutes is None:
             return by_steps
-        by_time = torch.tensor(self.seconds() / (60 * self.minutes), device=self.device)
-        return max(by_steps, self.world.from_main_(by_time).item())
+        by_time = self.seconds() / (60 * self.minutes)
+        if self.world.size > 1:
+            shared = torch.tensor(by_time, dtype=torch.float64, device=self.device)
+            by_time = self.world.from_main_(shared).item()
+        return max(by_steps, by_time)
 
     def report(self, step: int, tokens_seen: int) -> dict[str, float]:
         """Seconds so far, tokens a second of this part, and seconds to go."""

@@ -29,11 +29,14 @@ class TokenBatch:
         assistant_BT: bool, False on padding.
         positions_BT: int64; of packed rows, restarting at 0 with each document. None for one
             document a row.
+        slots: for each draft step the slots that count in its loss, int64 [M]; empty where
+            they have not been counted.
     """
 
     tokens_BT: torch.Tensor
     assistant_BT: torch.Tensor
     positions_BT: torch.Tensor | None = None
+    slots: tuple[torch.Tensor, ...] = ()
 
     @cached_property
     def layout(self) -> DocumentLayout | None:
@@ -41,11 +44,16 @@ class TokenBatch:
         return None if self.positions_BT is None else DocumentLayout(self.positions_BT)
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """On another device."""
-        tensors = self.tokens_BT, self.assistant_BT, self.positions_BT
-        return TokenBatch(
-            *(None if t is None else t.to(device, non_blocking=True) for t in tensors)
+        """On another device, with its layout; nothing is read back from there."""
+        layout = None if self.layout is None else self.layout.to(device)
+        moved = TokenBatch(
+            self.tokens_BT.to(device, non_blocking=True),
+            self.assistant_BT.to(device, non_blocking=True),
+            None if layout is None else layout.positions_BT,
+            tuple(slots_M.to(device, non_blocking=True) for slots_M in self.slots),
         )
+        moved.layout = layout
+        return moved
 
 
 def split_held_out(

@@ -113,6 +113,9 @@ def is_main_process() -> bool:
 def joined(device: str | None) -> Iterator[tuple[World, torch.device]]:
     """Join the processes that ``torchrun`` started, if it started this one.
 
+    After an exception the group is left as it is: to leave it, NCCL would wait for the others,
+    who may be waiting for this process. Once this process ends, ``torchrun`` ends the others.
+
     Args:
         device: ``"cuda"``, ``"cpu"``; None takes CUDA where there is some.
 
@@ -139,7 +142,5 @@ def joined(device: str | None) -> Iterator[tuple[World, torch.device]]:
         device_id=chosen if chosen.type == "cuda" else None,
         timeout=_PATIENCE,
     )
-    try:
-        yield world, chosen
-    finally:
-        dist.destroy_process_group()
+    yield world, chosen
+    dist.destroy_process_group()

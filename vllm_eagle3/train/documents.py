@@ -10,6 +10,7 @@ Shape suffixes: B rows, T slots, P = B T, C documents of a batch, L slots of the
 N heads, D head dimension.
 """
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ ATTENTION = "vllm_eagle3_documents"  # its name among Transformers' implementati
 
 class DocumentLayout:
     """Where the documents of a packed batch lie.
+
+    Making one reads the positions, for which the host would wait where they are a GPU's: make
+    it on the CPU, and move it.
 
     Attributes:
         positions_BT: int64, restarting at 0 with each document; every row begins with one.
@@ -39,6 +43,13 @@ class DocumentLayout:
         )
         self._packed_CL[self._padded_P] = torch.arange(B * T, device=positions_P.device)
 
+    def to(self, device: torch.device) -> "DocumentLayout":
+        """On another device, without reading anything back from it."""
+        moved = copy(self)
+        for name in ("positions_BT", "_padded_P", "_packed_CL"):
+            setattr(moved, name, getattr(self, name).to(device, non_blocking=True))
+        return moved
+
     def split(self, x_BNTD: torch.Tensor) -> torch.Tensor:
         """[B, N, T, D] -> [C, N, L, D]."""
         x_PND = x_BNTD.transpose(1, 2).flatten(0, 1)
@@ -56,16 +67,19 @@ def attend_within_documents(model: nn.Module) -> None:
     Without it the model computes what it did: causal attention by torch's SDPA, or SDPA with
     the 4D mask that it is given. A mask of padding (2D) is refused by its forward: ValueError.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
+    # Without an entry in AttentionMaskInterface, Transformers makes no mask of the positions: to
+    # look for packed rows in them, it would have to wait for the GPU.
     AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, _no_mask)
     model.set_attn_implementation(ATTENTION)
+    model.base_model.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
 
 
-def _no_mask(*, attention_mask: torch.Tensor | None = None, **_settings: Any) -> None:
-    """What Transformers is to make of a mask of padding, and of restarting positions: nothing."""
-    if attention_mask is not None:
+def _refuse_padding(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    ours = model.config._attn_implementation == ATTENTION  # the model may be given another
+    if ours and given is not None and given.ndim == 2:
         raise ValueError("pad on the right and leave attention_mask out, or give documents")
 
 

@@ -103,7 +103,7 @@ class _TreeAttention:
         keys_RNED, values_RNED = torch.cat(self.tree_keys, 2), torch.cat(self.tree_values, 2)
         num_slots, num_expanded = self.keys_NTD.shape[1], keys_RNED.shape[2]
         own_RKE = mask.bits_to_mask(self.bits_RK, num_expanded)
-        # Two products, so that the document's keys are not copied for each root.
+        # Two products: the document's keys are the same for every root, the tree's are not.
         document = (q_RNKD @ self.keys_NTD.mT).masked_fill(self.hidden_R11T, -math.inf)
         tree = (q_RNKD @ keys_RNED.mT).masked_fill(~own_RKE.unsqueeze(1), -math.inf)
         scores = torch.cat((document, tree), -1) / math.sqrt(q_RNKD.shape[-1])

@@ -25,12 +25,14 @@ class FeatureBatch:
         features_BTF: captured states, low, mid, high; of a head that captures none the
             target's last hidden state, after its final norm (F = H).
         layout: where the documents of packed rows lie; None for one document a row.
+        slots: of :class:`TokenBatch`.
     """
 
     tokens_BT: torch.Tensor
     assistant_BT: torch.Tensor
     features_BTF: torch.Tensor
     layout: DocumentLayout | None = field(default=None, kw_only=True)
+    slots: tuple[torch.Tensor, ...] = field(default=(), kw_only=True)
 
     @property
     def positions_BT(self) -> torch.Tensor:
@@ -129,6 +131,7 @@ class Target:
             target_logits_BTV=logits_PV.view(*shape, -1),
             covered_BT=covered_P.view(shape),
             layout=batch.layout,
+            slots=batch.slots,
         )
 
     @torch.no_grad()
@@ -139,7 +142,13 @@ class Target:
         """
         hidden_BTH = self._run(batch)
         self._captured.clear()
-        return FeatureBatch(batch.tokens_BT, batch.assistant_BT, hidden_BTH, layout=batch.layout)
+        return FeatureBatch(
+            batch.tokens_BT,
+            batch.assistant_BT,
+            hidden_BTH,
+            layout=batch.layout,
+            slots=batch.slots,
+        )
 
     def _run(self, batch: TokenBatch) -> torch.Tensor:
         # Right-padded and causal, or taken apart: no mask is needed.

@@ -23,9 +23,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        accurate = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = accurate * torch.rsqrt(accurate.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight).to(x.dtype)
+        accurate = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(accurate)
+        return F.rms_norm(x.to(accurate), weight.shape, weight, self.eps).to(x.dtype)
 
 
 class SelfAttention(nn.Module):

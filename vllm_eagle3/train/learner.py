@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vllm_eagle3.corpus import Document
+from vllm_eagle3.train.attention import check_flash
 from vllm_eagle3.train.data import TokenBatch, check_documents
 from vllm_eagle3.train.distributed import World, syncing
 from vllm_eagle3.train.features import FeatureBatch, Target, load_target
@@ -35,6 +36,10 @@ class HeadLoss(nn.Module):
 class Learner:
     """A head with all that trains it.
 
+    Args:
+        documents: what it learns from, the draft vocabulary included.
+        held_out: what it is measured on; only checked here.
+
     Attributes:
         settings: of the loss, as trained.
         quiet: the same without noise, to measure: a measure must not depend on it, nor draw
@@ -42,7 +47,8 @@ class Learner:
         coverage: share of the assistant's tokens that the draft vocabulary covers.
 
     Raises:
-        ValueError: an unsuitable target, or data of another one.
+        ValueError: an unsuitable target, data of another one, or an attention that the device
+            cannot compute.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class Learner:
         config: TrainConfig,
         device: torch.device,
         world: World,
+        held_out: Sequence[Document] = (),
     ) -> None:
         self.config, self.device, self.world = config, device, world
         # Half precision only where it is fast; the master weights are float32 everywhere.
@@ -67,7 +74,9 @@ class Learner:
         model.to(device)
         head_config = self.objective.head_config(model.config, config.draft_vocab_size)
         limits = config.max_length, head_config.max_position_embeddings
-        check_documents(documents, head_config.vocab_size, *limits)
+        check_documents([*documents, *held_out], head_config.vocab_size, *limits)
+        if device.type == "cuda" and self.settings.attention == "flash":
+            check_flash(head_config.head_dim, torch.cuda.get_device_capability(device))
         self.target = Target(model, head_config.aux_layer_ids)
         ids, self.coverage = frequent_tokens(
             documents,

@@ -15,14 +15,14 @@ one, and no token counts for more because its batch had little to predict.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from vllm_eagle3.corpus import Document
 from vllm_eagle3.train.data import TokenBatch, epoch_batches
 from vllm_eagle3.train.distributed import World
-from vllm_eagle3.train.objectives.slots import counted_slots
+from vllm_eagle3.train.objectives.slots import counted_slots, slots_of_steps
 from vllm_eagle3.train.packing import packed_batches
 from vllm_eagle3.train.settings import TrainConfig
 
@@ -98,7 +98,12 @@ class Loader:
             missing = -len(group) % self.world.size
             parts = [*zip(group, shares, strict=True), *[(group[0], 0.0)] * missing]
             mine = parts[self.world.rank :: self.world.size]
-            yield StepBatches([(batch.to(device), share) for batch, share in mine], num_tokens)
+            moved = [(self._counted(batch).to(device), share) for batch, share in mine]
+            yield StepBatches(moved, num_tokens)
+
+    def _counted(self, batch: TokenBatch) -> TokenBatch:
+        """With its slots, counted before it is on a device that the host would wait for."""
+        return replace(batch, slots=slots_of_steps(batch.assistant_BT, self.num_draft_steps))
 
     def _epoch(self, index: int) -> Iterator[TokenBatch]:
         config = self.config

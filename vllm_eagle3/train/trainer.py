@@ -86,7 +86,7 @@ class _Trainer:
         torch.manual_seed(config.seed)
         corpus = read_corpus(data_dir)
         self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
-        self.learner = Learner(target, self.documents, config, device, world)
+        self.learner = Learner(target, self.documents, config, device, world, self.held_out)
         self.inputs = {
             "data": fingerprint.of_documents(corpus),
             "target": fingerprint.of_target(self.learner.target),

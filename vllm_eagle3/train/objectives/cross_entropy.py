@@ -104,15 +104,15 @@ class SharedHeadCrossEntropy(torch.autograd.Function):
             losses[0] -= (p * log_q).sum()
             if of_x:
                 q = log_q.exp()
-                grads[0, part] = ((q - p) / num_rows).to(x_MH.dtype) @ matrix_VH
+                grads[0, part] = (q - p).to(x_MH.dtype) @ matrix_VH
             if num_top:
                 best = p.topk(min(num_top, p.shape[-1]), -1)
                 losses[1] -= (best.values * log_q.gather(-1, best.indices)).sum()
             if num_top and of_x:
                 grad = q * best.values.sum(-1, keepdim=True)
                 grad.scatter_add_(-1, best.indices, -best.values)
-                grads[1, part] = (grad / num_rows).to(x_MH.dtype) @ matrix_VH
-        ctx.save_for_backward(*grads)
+                grads[1, part] = grad.to(x_MH.dtype) @ matrix_VH
+        ctx.save_for_backward(*grads.div_(max(1, num_rows)))
         ctx.mark_non_differentiable(drafted_M, agree_M)
         losses /= max(1, num_rows)
         return losses[0], losses[1], drafted_M, agree_M

@@ -31,13 +31,13 @@ from vllm_eagle3.train.features import TTTBatch
 from vllm_eagle3.train.model import Eagle3Head
 from vllm_eagle3.train.objectives.cross_entropy import LinearSoftCrossEntropy
 from vllm_eagle3.train.objectives.result import LossResult, LossSettings
-from vllm_eagle3.train.objectives.slots import ChainAcceptance, counted_slots
+from vllm_eagle3.train.objectives.slots import ChainAcceptance, slots_of_steps
 from vllm_eagle3.train.objectives.steps import DraftSteps
 
 
 def ttt_loss(head: Eagle3Head, batch: TTTBatch, settings: LossSettings) -> LossResult:
     """The loss of this module's docstring on one batch."""
-    slots = [counted_slots(batch.assistant_BT, step) for step in range(settings.num_steps)]
+    slots = slots_of_steps(batch.assistant_BT, settings.num_steps, batch.slots)
     covered_P = batch.covered_BT.flatten()
     run_step = DraftSteps(head, batch, settings)
     state_BTH = head.fuse(batch.features_BTF)

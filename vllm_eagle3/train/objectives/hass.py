@@ -32,7 +32,7 @@ from vllm_eagle3.train.eagle1 import Eagle1Head
 from vllm_eagle3.train.features import FeatureBatch
 from vllm_eagle3.train.objectives.eagle1 import feature_terms, noisy
 from vllm_eagle3.train.objectives.result import LossResult, LossSettings, weighted
-from vllm_eagle3.train.objectives.slots import ChainAcceptance, counted_slots
+from vllm_eagle3.train.objectives.slots import ChainAcceptance, slots_of_steps
 from vllm_eagle3.train.objectives.steps import DraftSteps
 
 
@@ -41,7 +41,7 @@ def aligned_loss(head: Eagle1Head, batch: FeatureBatch, settings: LossSettings) 
 
     Noise is added where a gradient is wanted of a head in training mode, and nowhere else.
     """
-    slots = [counted_slots(batch.assistant_BT, step) for step in range(settings.num_steps)]
+    slots = slots_of_steps(batch.assistant_BT, settings.num_steps, batch.slots)
     features_PH = batch.features_BTF.flatten(0, 1)
     chain = ChainAcceptance(batch.tokens_BT, len(slots[0]))
     run_step = DraftSteps(head, batch, settings)
@@ -55,7 +55,7 @@ def aligned_loss(head: Eagle1Head, batch: FeatureBatch, settings: LossSettings) 
             head,
             out_BTH.flatten(0, 1).index_select(0, slots_M),
             features_PH[slots_M + 1 + step],
-            settings.top_k,
+            settings.top_k if settings.top_k_weight else 0,
         )
         losses.append(
             terms["feature"]

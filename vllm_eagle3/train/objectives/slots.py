@@ -3,6 +3,8 @@
 Shape suffixes: B sequences, T slots, P = B T rows, M counted slots, K steps.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +16,21 @@ def counted_slots(assistant_BT: torch.Tensor, step: int) -> torch.Tensor:
     """
     root_BT = shift_left(assistant_BT, 1)
     return (root_BT & shift_left(assistant_BT, 2 + step)).flatten().nonzero().squeeze(1)
+
+
+def slots_of_steps(
+    assistant_BT: torch.Tensor, num_steps: int, counted: Sequence[torch.Tensor] = ()
+) -> tuple[torch.Tensor, ...]:
+    """:func:`counted_slots` of steps 0..K-1.
+
+    Counting makes the host wait for a GPU.
+
+    Args:
+        counted: those of the same batch, if it has been done before, of at least as many steps.
+    """
+    if len(counted) >= num_steps:
+        return tuple(counted[:num_steps])
+    return tuple(counted_slots(assistant_BT, step) for step in range(num_steps))
 
 
 def shift_left(x_BT: torch.Tensor, by: int) -> torch.Tensor:

@@ -3,7 +3,8 @@
 Without recomputation a step keeps every activation of the layer, among them three of the MLP's
 size. With it (gradient checkpointing, arXiv 1604.06174) a step keeps its input, and the keys and
 values that later steps attend to; the backward pass runs the step once more, attention
-included. Results are the same bit by bit.
+included. Results are the same bit by bit on the CPU; on a GPU gradients are the same up to the
+order of sums, which the flash kernel's backward does not fix.
 
 All of it grows with the first power of the length: what is kept of K steps is, for each token,
 K (3 H + 2 N D) elements (with the two copies of the rows before the output matrix) and the

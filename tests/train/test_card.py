@@ -1,0 +1,60 @@
+"""The model card says what was trained, and how."""
+
+from pathlib import Path
+
+import pytest
+
+from vllm_eagle3.train.card import model_card
+
+EVALUATION = {
+    "losses": [1.0],
+    "accuracy": [0.5],
+    "accepted": [0.5],
+    "chain_tau": 1.5,
+    "predicted": {},
+}
+
+
+def card(folder: Path, method: str, coverage: float, **config: object) -> str:
+    shared = {"learning_rate": 1e-4, "clip": 0.5, "batch_tokens": 1024, "seed": 0}
+    numbers = ("documents", "tokens", "assistant_tokens", "steps", "tokens_seen", "seconds")
+    facts = dict.fromkeys(numbers, 60) | {
+        "target": "target",
+        "title": "A",
+        "method": method,
+        "coverage": coverage,
+        "draft_vocab_size": 8192,
+        "device": "CPU",
+        "processes": 1,
+        "config": shared | {"top_k_from": 0.5} | config,
+        "evaluation": EVALUATION,
+    }
+    return " ".join(model_card(facts, folder).split())
+
+
+@pytest.mark.parametrize(
+    ("objective", "method", "num_steps", "decay", "expected"),
+    [
+        ("eagle3", "eagle3", 7, 0.8, "Training-time test with 7 steps, decay 0.8; AdamW"),
+        ("eagle3.1", "eagle3", 1, 0.8, "Training-time test with one step; AdamW"),
+        ("eagle1", "eagle", 1, 0.0, "in one step: feature regression and token cross-entropy;"),
+        ("eagle1", "eagle", 5, 0.0, "in one step: feature regression and token cross-entropy;"),
+        ("hass", "eagle", 3, 1.0, "in 3 steps, decay 1: feature regression and token cross-"),
+    ],
+)
+def test_the_objective_is_named_as_it_was_trained(
+    tmp_path: Path, objective: str, method: str, num_steps: int, decay: float, expected: str
+) -> None:
+    settings = {"objective": objective, "num_ttt_steps": num_steps, "ttt_decay": decay}
+    text = card(tmp_path, method, 0.9, **settings)
+    assert expected in text
+    assert ("top-K distillation from 50 % of the run" in text) == (objective == "hass")
+    assert ("Training-time test" in text) == (method == "eagle3")
+
+
+def test_a_vocabulary_that_covers_all_is_not_called_the_most_frequent(tmp_path: Path) -> None:
+    settings = {"objective": "eagle3", "num_ttt_steps": 7, "ttt_decay": 0.8}
+    part, whole = (card(tmp_path, "eagle3", coverage, **settings) for coverage in (0.9587, 1.0))
+    assert "the 8,192 most frequent of those, 95.87 % of what it wrote" in part
+    assert "8,192 tokens, among them all that the assistant wrote" in whole
+    assert "most frequent" not in whole
