@@ -11,7 +11,8 @@ PURPOSE = "benchmark tool: not a better model"
 @pytest.fixture
 def wide(tmp_path):
     """The folder of a target that `bench widen` made, as far as its config goes."""
-    config = {"hidden_size": 4096, "widened": {"purpose": PURPOSE}}
+    config = {"hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 49152}
+    config["widened"] = {"purpose": PURPOSE}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return str(tmp_path)
 
