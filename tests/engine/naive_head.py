@@ -1,7 +1,7 @@
 """Heads without a cache: the whole text and path again for every node of a tree."""
 
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,7 +13,7 @@ from vllm_eagle3.train.data import TokenBatch
 from vllm_eagle3.train.export import export, load_head
 from vllm_eagle3.train.features import Target, load_target
 from vllm_eagle3.train.model import DraftHead
-from vllm_eagle3.train.objectives import Objective
+from vllm_eagle3.train.objectives import OBJECTIVES, Objective
 from vllm_eagle3.tree import mask
 from vllm_eagle3.tree.rerank import rerank
 from vllm_eagle3.tree.types import DraftTree
@@ -97,6 +97,21 @@ class NaiveHead:
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class ServedHead(NamedTuple):
+    """A head on disk, its speculative method, and the same in PyTorch."""
+
+    pair: tiny.Pair
+    method: str
+    naive: NaiveHead
+
+
+def served_head(path: pathlib.Path, pair: tiny.Pair, name: str) -> ServedHead:
+    """A head of the objective ``name`` for the pair's target, written to ``path``."""
+    objective = OBJECTIVES[name]
+    naive_head = write_head(path, pair.target, objective)
+    return ServedHead(tiny.Pair(pair.target, path), objective.method, naive_head)
 
 
 def write_head(path: pathlib.Path, target_path: pathlib.Path, objective: Objective) -> NaiveHead:

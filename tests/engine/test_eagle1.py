@@ -4,14 +4,14 @@ EAGLE-2 and HASS heads are EAGLE-1 heads to an engine.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 from tests.engine import tiny
 from tests.engine.engines import Engine, Engines, Tokens, chain, random_prompts, sampling, tree
-from tests.engine.naive_head import NaiveHead, assert_drafted, write_head
+from tests.engine.naive_head import ServedHead, assert_drafted, served_head, write_head
 from tests.engine.oracle import Oracle
 from tests.engine.replay import Graphs
 from tests.engine.test_activation import configure
@@ -25,20 +25,9 @@ NUM_TOKENS = 16
 PROMPTS = random_prompts(6, seed=11)
 
 
-class Head(NamedTuple):
-    """A head on disk, its speculative method, and the same in PyTorch."""
-
-    pair: tiny.Pair
-    method: str
-    naive: NaiveHead
-
-
 @pytest.fixture(scope="module", params=["eagle1", "eagle3-top"])
-def head(request: Any, pair: tiny.Pair, tmp_path_factory: pytest.TempPathFactory) -> Head:
-    objective = OBJECTIVES[request.param]
-    path = tmp_path_factory.mktemp("one-state") / request.param
-    naive = write_head(path, pair.target, objective)
-    return Head(tiny.Pair(pair.target, path), objective.method, naive)
+def head(request: Any, pair: tiny.Pair, tmp_path_factory: pytest.TempPathFactory) -> ServedHead:
+    return served_head(tmp_path_factory.mktemp("one-state") / request.param, pair, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +35,7 @@ def texts(plain: Engine) -> list[Tokens]:
     return plain.generate(PROMPTS, sampling(NUM_TOKENS))
 
 
-def drafting(engines: Engines, head: Head, *shape: int, **settings: Any) -> Engine:
+def drafting(engines: Engines, head: ServedHead, *shape: int, **settings: Any) -> Engine:
     speculative = tree(head.pair, *shape, method=head.method)
     return engines.get(speculative_config=speculative, **settings)
 

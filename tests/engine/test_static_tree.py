@@ -1,19 +1,18 @@
 """Static trees: the nodes of their paths in every step, and the text of plain vLLM."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 from tests.engine import tiny
 from tests.engine.engines import Engine, Engines, Tokens, chain, random_prompts, sampling
-from tests.engine.naive_head import NaiveHead, assert_drafted, write_head
+from tests.engine.naive_head import ServedHead, assert_drafted, served_head
 from tests.engine.oracle import Oracle
 from tests.engine.replay import Graphs
 from tests.engine.test_activation import configure
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.engine import activation
-from vllm_eagle3.train.objectives import OBJECTIVES
 
 # Shallow nodes stand after deep ones, and two nodes of a level have children.
 PATHS = [[0], [0, 0], [0, 0, 0], [1], [1, 0], [0, 1], [2], [1, 0, 0], [1, 0, 1]]
@@ -21,20 +20,9 @@ NUM_TOKENS = 16
 PROMPTS = random_prompts(6, seed=17)
 
 
-class Head(NamedTuple):
-    """A head on disk, its speculative method, and the same in PyTorch."""
-
-    pair: tiny.Pair
-    method: str
-    naive: NaiveHead
-
-
 @pytest.fixture(scope="module", params=["eagle3", "eagle1"])
-def head(request: Any, pair: tiny.Pair, tmp_path_factory: pytest.TempPathFactory) -> Head:
-    objective = OBJECTIVES[request.param]
-    path = tmp_path_factory.mktemp("static") / request.param
-    naive = write_head(path, pair.target, objective)
-    return Head(tiny.Pair(pair.target, path), objective.method, naive)
+def head(request: Any, pair: tiny.Pair, tmp_path_factory: pytest.TempPathFactory) -> ServedHead:
+    return served_head(tmp_path_factory.mktemp("static") / request.param, pair, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +37,7 @@ def speculative(pair: tiny.Pair, paths: Any, method: str = "eagle3", **extra: An
     return {**config, "tree": {"paths": paths, "verify_budget": None}}
 
 
-def drafting(engines: Engines, head: Head, paths: Any, **extra: Any) -> Engine:
+def drafting(engines: Engines, head: ServedHead, paths: Any, **extra: Any) -> Engine:
     config = speculative(head.pair, paths, head.method, **extra)
     return engines.get(speculative_config=config)
 

@@ -24,15 +24,12 @@ Events, by ``"event"``::
     done     the last one
 """
 
-import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vllm_eagle3.bench.job_process import Emit, job_and_events
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.train.data import TokenBatch
 from vllm_eagle3.train.drafting import DocumentDrafter
@@ -41,7 +38,6 @@ from vllm_eagle3.train.features import Target, load_target, read_target_config
 from vllm_eagle3.train.model import DraftHead
 from vllm_eagle3.train.rounds import rounds_of_document
 
-Emit = Callable[[dict[str, Any]], None]
 _DIGITS = 6
 
 
@@ -115,11 +111,8 @@ def _replay(
 
 
 def main() -> None:
-    job_path, event_fd = sys.argv[1:]
-    with open(job_path, encoding="utf-8") as file:
-        job = json.load(file)
-    with os.fdopen(int(event_fd), "w", encoding="utf-8", buffering=1) as events:
-        run(job, lambda event: print(json.dumps(event), file=events, flush=True))
+    with job_and_events() as (job, emit):
+        run(job, emit)
 
 
 if __name__ == "__main__":

@@ -33,12 +33,12 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_eagle3.bench.job_process import Emit, job_and_events
 from vllm_eagle3.bench.llm import build_engine, describe, describe_memory, read_counters
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-Emit = Callable[[dict[str, Any]], None]
 Command = dict[str, Any]
 
 _request_ids = map(str, count())
@@ -169,13 +169,10 @@ def _read_commands(commands: "queue.Queue[Command]") -> None:
 
 
 def main() -> None:
-    job_path, event_fd = sys.argv[1:]
-    with open(job_path, encoding="utf-8") as file:
-        job = json.load(file)
-    commands: queue.Queue[Command] = queue.Queue()
-    threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
-    with os.fdopen(int(event_fd), "w", encoding="utf-8", buffering=1) as events:
-        run(job, commands, lambda event: print(json.dumps(event), file=events, flush=True))
+    with job_and_events() as (job, emit):
+        commands: queue.Queue[Command] = queue.Queue()
+        threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
+        run(job, commands, emit)
 
 
 if __name__ == "__main__":

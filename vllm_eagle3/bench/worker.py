@@ -24,21 +24,16 @@ Events, by ``"event"``::
     done     the last one
 """
 
-import json
-import os
-import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm_eagle3.bench.job_process import Emit, job_and_events
 from vllm_eagle3.bench.llm import build_engine, describe, read_counters
 from vllm_eagle3.bench.questions import chat_prompt
 from vllm_eagle3.engine.interpreter import is_prepared
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
-
-Emit = Callable[[dict[str, Any]], None]
 
 
 def run(job: dict[str, Any], emit: Emit) -> None:
@@ -189,11 +184,8 @@ def _decode(tokenizer: Any, tokens: list[int]) -> str:
 
 
 def main() -> None:
-    job_path, event_fd = sys.argv[1:]
-    with open(job_path, encoding="utf-8") as file:
-        job = json.load(file)
-    with os.fdopen(int(event_fd), "w", encoding="utf-8", buffering=1) as events:
-        run(job, lambda event: print(json.dumps(event), file=events, flush=True))
+    with job_and_events() as (job, emit):
+        run(job, emit)
 
 
 if __name__ == "__main__":
