@@ -13,13 +13,15 @@ class ScriptedEngine:
     """Answers one request a step, in the order of asking, and ends every turn.
 
     A user's turn is answered by how many there were, "1!"; a bare header of the user's turn
-    by the next of ``questions``, until there is none (IndexError).
+    by the next of ``questions``, until there is none (IndexError). What ``max_tokens`` cuts off
+    follows when the request comes again with what it got.
     """
 
     def __init__(self, crash_after: int | None = None, questions: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.crash_after = byte_tokenizer(), crash_after
         self.questions = deque(questions)
         self.waiting: deque[tuple[str, list[int], Any]] = deque()
+        self.rest: dict[tuple[int, ...], list[int]] = {}
         self.prompts: list[str] = []
         self.engine_core = SimpleNamespace(shutdown=lambda: None)
 
@@ -33,14 +35,18 @@ class ScriptedEngine:
         if len(self.prompts) == self.crash_after:
             raise KeyboardInterrupt
         request_id, prompt, params = self.waiting.popleft()
-        text = self.tokenizer.decode(prompt)
+        tokens = self.rest.pop(tuple(prompt), None) or self._begin(self.tokenizer.decode(prompt))
+        piece, rest = tokens[: params.max_tokens], tokens[params.max_tokens :]
+        if rest:
+            self.rest[*prompt, *piece] = rest
+        reason = "length" if rest else "stop"
+        completion = SimpleNamespace(token_ids=piece, finish_reason=reason)
+        return [SimpleNamespace(finished=True, request_id=request_id, outputs=[completion])]
+
+    def _begin(self, text: str) -> list[int]:
         self.prompts.append(text)
         if text.endswith("assistant\n"):
             answer = f"{text.count('<|im_start|>user')}!"
         else:
             answer = self.questions.popleft()
-        tokens, reason = [*self.tokenizer(answer).input_ids, END], "stop"
-        if len(tokens) > params.max_tokens:
-            tokens, reason = tokens[: params.max_tokens], "length"
-        completion = SimpleNamespace(token_ids=tokens, finish_reason=reason)
-        return [SimpleNamespace(finished=True, request_id=request_id, outputs=[completion])]
+        return [*self.tokenizer(answer).input_ids, END]

@@ -139,3 +139,13 @@ def test_a_folder_takes_shards_of_one_target_and_one_set_of_settings(
     (out / "synthesis.json").unlink()
     with pytest.raises(ValueError, match="holds other training data"):
         synthesize(target, out, config)
+
+
+def test_long_turns_are_written_whole(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = " ".join(f"Then {number}." for number in range(20))  # pieces of 128 tokens
+    install(monkeypatch, ScriptedEngine(questions=(question, *questions(50))))
+    synthesize(target, tmp_path / "out", SynthConfig(tokens=400, **SETTINGS))
+    texts = [byte_tokenizer().decode(d.tokens) for d in read_corpus(tmp_path / "out")]
+    assert any(question in text for text in texts)

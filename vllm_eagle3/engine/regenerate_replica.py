@@ -13,6 +13,7 @@ from vllm_eagle3.engine.answered import Answer, write_answers
 from vllm_eagle3.engine.conversation import draw_temperature
 from vllm_eagle3.engine.replica import Replica
 from vllm_eagle3.engine.replica_config import ReplicaConfig
+from vllm_eagle3.engine.turn import Completion
 
 _LEAST_ROOM = 64  # tokens that an answer must have room for
 
@@ -117,8 +118,8 @@ class RegenerateReplica(Replica):
             end_of_turn=self.template.end_of_turn,
         )
 
-    def advance(self, dialogue: Dialogue, completion: Any) -> None:
-        tokens = list(completion.token_ids)
+    def advance(self, dialogue: Dialogue, completion: Completion) -> None:
+        tokens = completion.token_ids
         dialogue.builder.add(tokens, assistant=True)
         dialogue.turns_done += 1
         end = self._next_turn(dialogue, tokens, completion.finish_reason)

@@ -10,12 +10,9 @@ from typing import Any
 from vllm_eagle3.corpus import Document, write_json
 from vllm_eagle3.engine.replica_config import ReplicaConfig
 from vllm_eagle3.engine.shard_writer import REMEDY, add_shard, next_shard_path
+from vllm_eagle3.engine.turn import Completion, Turn
 
 _DEVICE_SHARE = 0.85  # of the memory, for all replicas together
-
-# Small targets fall into loops, which teach a head nothing after the second round. A loop of
-# fewer tokens is found as one of a multiple of its length.
-_LOOP = {"min_pattern_size": 8, "max_pattern_size": 48, "min_count": 3}
 
 
 class Replica(ABC):
@@ -51,7 +48,7 @@ class Replica(ABC):
         """Submit one more conversation; False when there is none."""
 
     @abstractmethod
-    def advance(self, conversation: Any, completion: Any) -> None:
+    def advance(self, conversation: Any, completion: Completion) -> None:
         """Take what the engine wrote: submit the next turn, or keep the document."""
 
     @abstractmethod
@@ -84,7 +81,7 @@ class Replica(ABC):
                 self.engine.engine_core.shutdown()
 
     def _converse(self) -> None:
-        self.running: dict[str, Any] = {}
+        self.running: dict[str, Turn] = {}
         self.next_id = 0
         reported = time.time()
         while not (self._late() or self.done()):
@@ -94,7 +91,7 @@ class Replica(ABC):
                 return
             for output in self.engine.step():
                 if output.finished:
-                    self.advance(self.running.pop(output.request_id), output.outputs[0])
+                    self._take(self.running.pop(output.request_id), output.outputs[0])
             if time.time() - reported > 1:
                 self.report()
                 reported = time.time()
@@ -134,22 +131,35 @@ class Replica(ABC):
         end_of_turn: int | None,
     ) -> None:
         """Let the target go on from ``tokens``, up to the model's length or a loop."""
+        sampling = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "stop_token_ids": [] if end_of_turn is None else [end_of_turn],
+        }
+        limit = min(max_tokens, self.config.max_model_len - len(tokens))
+        self._write_piece(Turn(conversation, list(tokens), limit, sampling))
+
+    def _write_piece(self, turn: Turn) -> None:
         from vllm import SamplingParams
-        from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            max_tokens=min(max_tokens, self.config.max_model_len - len(tokens)),
-            temperature=temperature,
-            top_p=top_p,
-            stop_token_ids=[] if end_of_turn is None else [end_of_turn],
+            max_tokens=turn.next_tokens,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            repetition_detection=RepetitionDetectionParams(**_LOOP),
+            **turn.sampling,
         )
         request_id = f"{self.index}-{self.next_id}"
         self.next_id += 1
-        self.running[request_id] = conversation
-        self.engine.add_request(request_id, {"prompt_token_ids": list(tokens)}, params)
+        self.running[request_id] = turn
+        self.engine.add_request(request_id, {"prompt_token_ids": turn.next_prompt}, params)
+
+    def _take(self, turn: Turn, piece: Any) -> None:
+        completion = turn.take(piece.token_ids, piece.finish_reason)
+        if completion is None:
+            self._write_piece(turn)
+        else:
+            self.advance(turn.conversation, completion)
 
     def keep(self, label: Any, document: Document) -> None:
         """A conversation is finished."""

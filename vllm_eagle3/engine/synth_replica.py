@@ -20,6 +20,7 @@ from vllm_eagle3.engine.conversation import (
 )
 from vllm_eagle3.engine.replica import Replica
 from vllm_eagle3.engine.synth_config import SynthConfig
+from vllm_eagle3.engine.turn import Completion
 
 
 class SynthReplica(Replica):
@@ -108,8 +109,8 @@ class SynthReplica(Replica):
             end_of_turn=self.form.end_of_turn,
         )
 
-    def advance(self, conversation: Conversation, completion: Any) -> None:
-        tokens = list(completion.token_ids)
+    def advance(self, conversation: Conversation, completion: Completion) -> None:
+        tokens = completion.token_ids
         ended = completion.finish_reason == "stop" and tokens[-1] == self.form.end_of_turn
         if conversation.writes_answer:
             goes_on = conversation.take_answer(self.form, tokens)
