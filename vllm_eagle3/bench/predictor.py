@@ -31,6 +31,7 @@ import torch
 
 from vllm_eagle3.bench.job_process import Emit, job_and_events
 from vllm_eagle3.config import TreeConfig
+from vllm_eagle3.train.attention import avoid_plans
 from vllm_eagle3.train.data import TokenBatch
 from vllm_eagle3.train.drafting import DocumentDrafter
 from vllm_eagle3.train.export import load_head
@@ -69,6 +70,7 @@ def check(target: str, head: str) -> None:
 
 
 def _load(job: dict[str, Any], device: torch.device) -> tuple[Target, DraftHead]:
+    avoid_plans()
     dtype = getattr(torch, job["dtype"])
     model = load_target(job["target"], dtype).to(device)
     matrices = model.get_input_embeddings().weight, model.get_output_embeddings().weight

@@ -45,6 +45,15 @@ def diagonal_attention(
     return _FlashPlusDiagonal.apply(q_BNTD, k_BNTD, v_BNTD, *diagonal_k, *diagonal_v)
 
 
+def avoid_plans() -> None:
+    """Switch cuDNN's attention off, for the whole process.
+
+    torch prefers it on Hopper and later, but it plans anew, on the host, for every shape it has
+    not seen, and packed batches hardly repeat one. The flash kernel plans nothing.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def check_flash(head_dim: int, capability: tuple[int, int]) -> None:
     """Refuse what CUDA's flash kernel, called without SDPA's checks and padding, cannot take.
 

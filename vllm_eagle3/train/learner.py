@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vllm_eagle3.corpus import Document
-from vllm_eagle3.train.attention import check_flash
+from vllm_eagle3.train.attention import avoid_plans, check_flash
 from vllm_eagle3.train.data import TokenBatch, check_documents
 from vllm_eagle3.train.distributed import World, syncing
 from vllm_eagle3.train.features import FeatureBatch, Target, load_target
@@ -61,6 +61,7 @@ class Learner:
         held_out: Sequence[Document] = (),
     ) -> None:
         self.config, self.device, self.world = config, device, world
+        avoid_plans()
         # Half precision only where it is fast; the master weights are float32 everywhere.
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.objective = OBJECTIVES[config.objective]

@@ -54,11 +54,12 @@ class LinearSoftCrossEntropy(torch.autograd.Function):
             loss += (weights * losses_M[part]).sum()
             if not (of_x or of_w):
                 continue
-            grad = (log_q.exp_().sub_(p) * weights.unsqueeze(-1)).to(x.dtype)
+            # Rounded as it is written; the weights go to the side that is H wide.
+            grad = torch.sub(log_q.exp_(), p, out=torch.empty_like(logits))
             if of_x:
-                grad_x_MH[part] = grad @ matrix_VH
+                grad_x_MH[part] = (grad @ matrix_VH) * weights.unsqueeze(-1)
             if of_w:
-                grad_w_VH += grad.T @ x
+                grad_w_VH += grad.T @ (x * weights.unsqueeze(-1)).to(x.dtype)
         ctx.save_for_backward(grad_x_MH, grad_w_VH.to(weight_VH.dtype) if of_w else None)
         ctx.mark_non_differentiable(losses_M, drafted_M, agree_M)
         return loss, losses_M, drafted_M, agree_M
