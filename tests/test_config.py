@@ -56,7 +56,7 @@ def test_trees_of_all_requests_together_keep_the_budget(num_drafts, verify_budge
         assert first * (drafts + 1) > verify_budget
         assert first * 2 * (fewer + 1) > verify_budget or 2 * (fewer + 1) > num_drafts
     assert tiers[-1][1] > 1000
-    assert tiers[-1][2] <= 3 or len(tiers) == 1 == num_drafts
+    assert tiers[-1][2] == 1
 
 
 def test_without_a_budget_all_trees_are_of_one_size():

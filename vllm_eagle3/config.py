@@ -16,7 +16,7 @@ _DEFAULT_TOP_K = 16
 # Rows that cost a target's forward little more than one: reading its weights takes as long.
 _DEFAULT_VERIFY_BUDGET = 128
 _ANY_NUMBER = 1 << 20  # of requests
-_SMALLEST_TIER = 4  # rows of a request, however many requests there are
+_SMALLEST_TIER = 2  # rows of a request, however many requests there are
 _SIZES = ("depth", "top_k", "verify_budget")
 _KEYS = (*_SIZES, "paths")
 

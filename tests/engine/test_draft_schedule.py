@@ -71,6 +71,13 @@ def test_growth_is_captured_for_each_size_of_a_batch():
     assert found == [(2, 15), (4, 7)]
 
 
+def test_no_growth_is_captured_where_no_scheduled_tree_has_a_second_level():
+    single = schedule([[1, 8, 1]], 63, 8)
+    planned = manager((1,), (2, 4, 8))
+    single.split_growth(planned)
+    assert planned._capture_descs[FULL] == []
+
+
 def test_nothing_is_planned_where_nothing_is_captured():
     several = schedule([[1, 2, 15], [3, 8, 7]], 15, 8)
     eager = SimpleNamespace(_capture_descs={}, _candidates={})

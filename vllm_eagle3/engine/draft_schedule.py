@@ -83,7 +83,7 @@ class DraftSchedule:
             for descriptor, drafts in self._uniform(manager)
             for size in sorted(drafts - {0, 1}, reverse=True)  # these have no level to grow
         ]
-        if split:
+        if CUDAGraphMode.FULL in manager._capture_descs:
             manager._capture_descs[CUDAGraphMode.FULL] = split
 
     def _uniform(
