@@ -68,4 +68,11 @@ def test_static_trees_by_name_and_from_a_file(tmp_path):
 def test_forwards_of_the_draft():
     fixed, shrinking = tree(31, 4, 8), parse_tree("31/6/8")
     assert [c.draft_forwards(64) for c in (PLAIN, chain(5), fixed)] == [0, 5, 4]
-    assert [shrinking.draft_forwards(batch) for batch in (1, 4, 8, 16, 32, 64)] == [6, 6, 5, 4, 3, 1]
+    assert [shrinking.draft_forwards(batch) for batch in (1, 4, 8, 16, 32, 64)] == [
+        6,
+        6,
+        5,
+        4,
+        3,
+        1,
+    ]
