@@ -9,8 +9,8 @@ STABLE_TORCH_LIBRARY(vllm_eagle3, library) {
       "Tensor(b!)? token_ids_T) -> ()");
   library.def(
       "build_tree(Tensor pool_tokens_BC, Tensor pool_scores_BC, Tensor pool_parents_BC, "
-      "int num_offered, int level, int num_reqs, Tensor slots_B, Tensor chain_only_R, "
-      "Tensor(a!) tokens_RN, Tensor(b!) parents_RN, Tensor(c!) depths_RN, "
+      "Tensor? kept_M, int num_offered, int level, int num_reqs, Tensor slots_B, "
+      "Tensor chain_only_R, Tensor(a!) tokens_RN, Tensor(b!) parents_RN, Tensor(c!) depths_RN, "
       "Tensor(d!) ancestor_bits_RN, Tensor(e!) scores_RN, Tensor(f!) draft_tokens_BM) -> ()");
   // The layout holds the addresses of the caches, and stands for what is written there.
   library.def(
@@ -24,16 +24,16 @@ STABLE_TORCH_LIBRARY(vllm_eagle3, library) {
   library.def(
       "expand_logits(Tensor(a!) tokens_BC, Tensor(b!) scores_BC, Tensor(c!) parents_BC, "
       "Tensor(d!) frontier_scores_BK, Tensor(e!) frontier_index_BK, "
-      "Tensor(f!) frontier_bits_BK, Tensor(g!) frontier_row_BK, Tensor logits_MV, "
-      "Tensor? offsets_V, Tensor(h!) partial_best_MSK, Tensor(i!) partial_sums_MS2, int level, "
-      "int num_reqs, Tensor root_positions_B, int max_position, Tensor(j!) input_ids_M, "
-      "Tensor(k!) positions_M) -> ()");
+      "Tensor(f!) frontier_bits_BK, Tensor(g!) frontier_row_BK, Tensor? fixed_K, "
+      "Tensor logits_MV, Tensor? offsets_V, Tensor(h!) partial_best_MSK, "
+      "Tensor(i!) partial_sums_MS2, int level, int num_reqs, Tensor root_positions_B, "
+      "int max_position, Tensor(j!) input_ids_M, Tensor(k!) positions_M) -> ()");
   library.def(
       "expand_tree(Tensor(a!) tokens_BC, Tensor(b!) scores_BC, Tensor(c!) parents_BC, "
       "Tensor(d!) frontier_scores_BK, Tensor(e!) frontier_index_BK, "
-      "Tensor(f!) frontier_bits_BK, Tensor(g!) frontier_row_BK, Tensor log_probs_MK, "
-      "Tensor tokens_MK, int level, int num_reqs, Tensor root_positions_B, int max_position, "
-      "Tensor(h!) input_ids_M, Tensor(i!) positions_M) -> ()");
+      "Tensor(f!) frontier_bits_BK, Tensor(g!) frontier_row_BK, Tensor? fixed_K, "
+      "Tensor log_probs_MK, Tensor tokens_MK, int level, int num_reqs, Tensor root_positions_B, "
+      "int max_position, Tensor(h!) input_ids_M, Tensor(i!) positions_M) -> ()");
   library.def(
       "fuse_features(Tensor[] states, Tensor? index_T, Tensor[] norm_weights, float eps, "
       "Tensor(a!) out_TF) -> ()");

@@ -40,8 +40,6 @@ __global__ void build_tree_kernel(const BuildTreeParams p) {
   const int b = blockIdx.x;
   const int thread = threadIdx.x;
   const int64_t pool = int64_t{b} * p.num_candidates;
-  const int num_drafts = p.num_nodes - 1;
-  const int num_kept = min(num_drafts, p.num_offered);
 
   __shared__ OrderScratch scratch;
   __shared__ Candidate order[kMaxBest];
@@ -55,11 +53,15 @@ __global__ void build_tree_kernel(const BuildTreeParams p) {
     keys[j] = key_of(p.pool_scores[pool + i]);
     node_of[i] = 0;
   }
-  order_best<E>(keys, p.num_offered, num_kept, scratch, order);
+  if (p.kept == nullptr) {
+    order_best<E>(keys, p.num_offered, p.num_kept, scratch, order);
+  } else {
+    __syncthreads();
+  }
 
   // Thread i makes node i.
   __shared__ Nodes nodes;
-  const bool is_kept = 1 <= thread && thread <= num_kept;
+  const bool is_kept = 1 <= thread && thread <= p.num_kept;
   int pool_parent = kNoParent;
   if (thread < kMaxNodes) {
     nodes.tokens[thread] = 0;
@@ -67,10 +69,11 @@ __global__ void build_tree_kernel(const BuildTreeParams p) {
     nodes.parents[thread] = kNoParent;
   }
   if (is_kept) {
-    const int index = index_in(order[thread - 1]);
+    const int index = p.kept == nullptr ? index_in(order[thread - 1])
+                                        : static_cast<int>(p.kept[thread - 1]);
     node_of[index] = thread;
     nodes.tokens[thread] = p.pool_tokens[pool + index];
-    nodes.scores[thread] = value_of(key_in(order[thread - 1]));
+    nodes.scores[thread] = p.pool_scores[pool + index];
     pool_parent = p.pool_parents[pool + index];
   }
   __syncthreads();
@@ -83,7 +86,7 @@ __global__ void build_tree_kernel(const BuildTreeParams p) {
   __shared__ int chain_length;
   if (is_chain) {
     if (thread < kWarp) {
-      const int length = best_chain(nodes, min(p.level, num_kept), chain);
+      const int length = best_chain(nodes, min(p.level, p.num_kept), chain);
       if (thread == 0) chain_length = length;
     }
     __syncthreads();

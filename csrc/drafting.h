@@ -19,7 +19,8 @@ ExpandTreeParams expand_tree_params(const Call& call, const Tensor& pool_tokens,
                                     const Tensor& pool_scores, const Tensor& pool_parents,
                                     const Tensor& frontier_scores, const Tensor& frontier_index,
                                     const Tensor& frontier_bits, const Tensor& frontier_row,
-                                    int64_t level, int64_t num_reqs, const Tensor& root_positions,
+                                    const std::optional<Tensor>& fixed, int64_t level,
+                                    int64_t num_reqs, const Tensor& root_positions,
                                     int64_t max_position, const Tensor& input_ids,
                                     const Tensor& positions);
 void expand_tree_cpu(const ExpandTreeParams& params);

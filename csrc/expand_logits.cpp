@@ -21,16 +21,16 @@ void expand_logits_cpu(const ExpandLogitsParams& params) {
 void expand_logits(const Tensor& pool_tokens, const Tensor& pool_scores,
                    const Tensor& pool_parents, const Tensor& frontier_scores,
                    const Tensor& frontier_index, const Tensor& frontier_bits,
-                   const Tensor& frontier_row, const Tensor& logits,
-                   const std::optional<Tensor>& offsets, const Tensor& partial_best,
-                   const Tensor& partial_sums, int64_t level, int64_t num_reqs,
-                   const Tensor& root_positions, int64_t max_position, const Tensor& input_ids,
-                   const Tensor& positions) {
+                   const Tensor& frontier_row, const std::optional<Tensor>& fixed,
+                   const Tensor& logits, const std::optional<Tensor>& offsets,
+                   const Tensor& partial_best, const Tensor& partial_sums, int64_t level,
+                   int64_t num_reqs, const Tensor& root_positions, int64_t max_position,
+                   const Tensor& input_ids, const Tensor& positions) {
   const Call call("expand_logits", pool_tokens);
   ExpandLogitsParams params{
       draft_topk_params(call, logits, offsets, partial_best, partial_sums),
       expand_tree_params(call, pool_tokens, pool_scores, pool_parents, frontier_scores,
-                         frontier_index, frontier_bits, frontier_row, level, num_reqs,
+                         frontier_index, frontier_bits, frontier_row, fixed, level, num_reqs,
                          root_positions, max_position, input_ids, positions),
   };
   STD_TORCH_CHECK(params.logits.k == params.tree.growth.top_k &&

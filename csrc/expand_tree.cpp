@@ -15,14 +15,15 @@ float log_probability(float x) {
 
 void expand_tree(const Tensor& pool_tokens, const Tensor& pool_scores, const Tensor& pool_parents,
                  const Tensor& frontier_scores, const Tensor& frontier_index,
-                 const Tensor& frontier_bits, const Tensor& frontier_row, const Tensor& log_probs,
+                 const Tensor& frontier_bits, const Tensor& frontier_row,
+                 const std::optional<Tensor>& fixed, const Tensor& log_probs,
                  const Tensor& tokens, int64_t level, int64_t num_reqs,
                  const Tensor& root_positions, int64_t max_position, const Tensor& input_ids,
                  const Tensor& positions) {
   const Call call("expand_tree", pool_tokens);
   ExpandTreeParams params =
       expand_tree_params(call, pool_tokens, pool_scores, pool_parents, frontier_scores,
-                         frontier_index, frontier_bits, frontier_row, level, num_reqs,
+                         frontier_index, frontier_bits, frontier_row, fixed, level, num_reqs,
                          root_positions, max_position, input_ids, positions);
   const int64_t num_children = int64_t{num_rows(params)} * params.growth.top_k;
   params.log_probs = call.data<const float>(log_probs, "log_probs", num_children);
@@ -36,7 +37,8 @@ ExpandTreeParams expand_tree_params(const Call& call, const Tensor& pool_tokens,
                                     const Tensor& pool_scores, const Tensor& pool_parents,
                                     const Tensor& frontier_scores, const Tensor& frontier_index,
                                     const Tensor& frontier_bits, const Tensor& frontier_row,
-                                    int64_t level, int64_t num_reqs, const Tensor& root_positions,
+                                    const std::optional<Tensor>& fixed, int64_t level,
+                                    int64_t num_reqs, const Tensor& root_positions,
                                     int64_t max_position, const Tensor& input_ids,
                                     const Tensor& positions) {
   const int64_t C = pool_tokens.size(1);
@@ -61,6 +63,7 @@ ExpandTreeParams expand_tree_params(const Call& call, const Tensor& pool_tokens,
       },
       nullptr,
       nullptr,
+      fixed ? call.data<const int64_t>(*fixed, "fixed", K) : nullptr,
       call.data<const int64_t>(root_positions, "root_positions", num_reqs),
       max_position,
       const_cast<void*>(ids.data),
@@ -92,7 +95,9 @@ void expand_tree_cpu(const ExpandTreeParams& p) {
       g.parents[pool + i] = is_first ? kNoParent : g.frontier_index[parent];
     }
     std::iota(order.begin(), order.end(), 0);
-    if (!is_first) {
+    if (p.fixed != nullptr) {
+      std::copy_n(p.fixed, K, order.begin());
+    } else if (!is_first) {
       std::partial_sort(order.begin(), order.begin() + K, order.end(), [&](int i, int j) {
         return scores[i] != scores[j] ? scores[i] > scores[j] : i < j;
       });

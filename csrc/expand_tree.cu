@@ -57,24 +57,24 @@ __device__ void expand(const ExpandTreeParams& p, const Parents& parents, const 
     keys[j] = key_of(score);
   }
 
-  // All of the root's children are the first frontier, in their own order.
+  // Of the root's children all go on: in their own order, or in the one that is fixed.
   __shared__ OrderScratch scratch;
   __shared__ Candidate order[kMaxBest];
-  if (is_first) {
-    if (thread < K) order[thread] = candidate(keys[0], thread);
-    __syncthreads();
-  } else {
-    order_best<E>(keys, num_new, K, scratch, order);
-  }
+  if (p.fixed == nullptr && !is_first) order_best<E>(keys, num_new, K, scratch, order);
 
   if (thread >= K) return;
-  const int best = index_in(order[thread]);
+  int best = thread;
+  if (p.fixed != nullptr) {
+    best = static_cast<int>(p.fixed[thread]);
+  } else if (!is_first) {
+    best = index_in(order[thread]);
+  }
   const int parent = is_first ? 0 : best / K;
   const int number = (p.level - 1) * K + thread;
   const int64_t own_bit = number < 64 ? static_cast<int64_t>(uint64_t{1} << number) : 0;
   const int64_t frontier = int64_t{b} * K;
   const int64_t at = frontier + thread;
-  g.frontier_scores[at] = value_of(key_in(order[thread]));
+  g.frontier_scores[at] = parents.scores[parent] + log_probability(log_probs[best]);
   g.frontier_index[at] = offered + best;
   g.frontier_bits[at] = parents.bits[parent] | own_bit;
   g.frontier_row[at] = is_first ? b : frontier + parent;

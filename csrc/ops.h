@@ -176,6 +176,7 @@ struct ExpandTreeParams {
   Growth growth;
   const float* log_probs;         // [num_reqs, top_k] at level 1, [num_reqs, top_k, top_k] below
   const int64_t* tokens;          // likewise
+  const int64_t* fixed;           // [top_k] children that go on, in order; null for the best
   const int64_t* root_positions;  // [num_reqs]
   int64_t max_position;
   void* input_ids;  // [num_reqs, top_k] int32 or int64
@@ -196,6 +197,7 @@ struct BuildTreeParams {
   const int64_t* pool_tokens;   // [num_reqs, num_candidates]
   const float* pool_scores;     // [num_reqs, num_candidates]
   const int32_t* pool_parents;  // [num_reqs, num_candidates]
+  const int64_t* kept;          // [num_kept] candidates of the tree, in order; null for the best
   Integers slots;               // [num_reqs]
   const bool* chain_only;       // [num_slots]
   int64_t* tokens;              // [num_slots, num_nodes], and so the next four
@@ -207,6 +209,7 @@ struct BuildTreeParams {
   int64_t draft_stride;
   int num_candidates;
   int num_offered;
+  int num_kept;  // less than num_nodes
   int level;
   int num_reqs;
   int num_slots;

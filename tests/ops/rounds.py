@@ -18,11 +18,17 @@ WHERE = [
     for device in DEVICES
     for impl in ("torch", "extension")
 ]
-# Of static trees, which torch alone grows: "auto" must know.
-TORCH_ONLY = [
-    pytest.param("auto", device, id=device, marks=[pytest.mark.gpu] * (device == "cuda"))
-    for device in DEVICES
-]
+# EAGLE-1's, the smallest, one whose better parents come last, and those with the most nodes.
+STATIC = {
+    "published": TreeConfig.static("mc_sim_7b_63"),
+    "smallest": TreeConfig.static([[0]]),
+    "any order": TreeConfig.static([[0], [1], [1, 0], [0, 0], [1, 1], [1, 0, 0], [2]]),
+    "longest": TreeConfig.static([[0] * length for length in range(1, 64)]),
+    "widest": TreeConfig.static([[rank] for rank in range(63)]),
+    "wide and deep": TreeConfig.static(
+        [[0], [1], *([i % 2, i // 2] for i in range(60)), [1, 9, 0]]
+    ),
+}
 SENTINEL = 77  # in memory that no op may touch
 MAX_POSITION = 40
 

@@ -3,13 +3,7 @@
 import pytest
 import torch
 
-from tests.ops.rounds import (
-    SENTINEL,
-    TORCH_ONLY,
-    WHERE,
-    Round,
-    random_round,
-)
+from tests.ops.rounds import SENTINEL, STATIC, WHERE, Round, random_round
 from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.tree.chain import best_chain
@@ -53,7 +47,7 @@ def check_trees(case: Round, slots, chain_only, num_nodes: int, level: int | Non
     buffers, drafts = case.build(slots, chain_only, num_nodes, level)
     expansion = case.expected(level)
     static = StaticTree.of(case.config)
-    kept_M = static and static.kept(level)
+    kept_M = static and static.kept(level)[: num_nodes - 1]
     num_candidates = expansion.scores_BC.shape[1] if kept_M is None else len(kept_M)
     num_filled = min(num_nodes, num_candidates + 1)
     tree = rerank(expansion, num_filled, kept_M=kept_M)
@@ -104,7 +98,7 @@ def test_a_round_that_ends_early_leaves_detached_nodes(impl, device, level):
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
-@pytest.mark.parametrize(("impl", "device"), TORCH_ONLY)
+@pytest.mark.parametrize(("impl", "device"), WHERE)
 def test_a_static_tree_keeps_its_paths(impl, device, level):
     """Down to the level that was grown; the chain is that of the best children."""
     config = TreeConfig.static([[0], [1], [1, 0], [0, 0], [1, 0, 0], [2]])
@@ -112,18 +106,28 @@ def test_a_static_tree_keeps_its_paths(impl, device, level):
     check_trees(case, SLOTS, CHAIN_ONLY, config.num_nodes, level)
 
 
-@pytest.mark.parametrize(("impl", "device"), TORCH_ONLY)
-def test_eagle_1s_tree_in_slots(impl, device):
-    config = TreeConfig.static("mc_sim_7b_63")
-    case = random_round(config, impl, device, batch=len(SLOTS), spoiled=True).offer_all()
-    check_trees(case, SLOTS, CHAIN_ONLY, config.num_nodes)
+@pytest.mark.parametrize("num_drafts", range(1, 26))
+@pytest.mark.parametrize(("impl", "device"), WHERE)
+def test_the_first_nodes_of_eagle_1s_tree(impl, device, num_drafts):
+    """As a larger batch grows them, in slots with room for all 25."""
+    whole = STATIC["published"]
+    config = whole.tier(num_drafts)
+    case = random_round(config, impl, device, batch=len(SLOTS), seed=num_drafts, spoiled=True)
+    check_trees(case.offer_all(), SLOTS, CHAIN_ONLY, whole.num_nodes)
 
 
-def test_kernels_take_dynamic_trees():
-    case = random_round(TreeConfig.static("mc_sim_7b_63"), "auto", "cpu").offer_all()
-    case.impl = "extension"
-    with pytest.raises(ValueError, match=r"dynamic trees .* got a static one of 4: use impl="):
-        case.build([0, 1, 2], [False] * 3, 26)
+@pytest.mark.parametrize("num_nodes", [2, 5, 25])
+@pytest.mark.parametrize(("impl", "device"), WHERE)
+def test_slots_with_room_for_the_first_nodes_only(impl, device, num_nodes):
+    case = random_round(STATIC["published"], impl, device, batch=len(SLOTS), seed=num_nodes)
+    check_trees(case.offer_all(), SLOTS, CHAIN_ONLY, num_nodes)
+
+
+@pytest.mark.parametrize("config", STATIC.values(), ids=STATIC)
+@pytest.mark.parametrize(("impl", "device"), WHERE)
+def test_static_trees_of_any_shape(impl, device, config):
+    case = random_round(config, impl, device, batch=len(SLOTS), seed=5, step=0.5)
+    check_trees(case.offer_all(), SLOTS, CHAIN_ONLY, 64)
 
 
 @pytest.mark.parametrize(("impl", "device"), WHERE)
@@ -183,9 +187,11 @@ def test_what_cannot_be_is_refused(change, message):
 
 @pytest.mark.parametrize(("impl", "device"), WHERE)
 @pytest.mark.parametrize("parent", [NO_PARENT, 0])
-def test_rows_where_nothing_was_offered_end_too(impl, device, parent):
+@pytest.mark.parametrize(
+    "config", [TreeConfig(7, 3, 4), STATIC["any order"]], ids=["dynamic", "static"]
+)
+def test_rows_where_nothing_was_offered_end_too(impl, device, config, parent):
     """Padded rows of a graph are built like all others: no pool may hang a GPU."""
-    config = TreeConfig(7, 3, 4)
     growth = GrowthBuffers(2, config, torch.device(device))
     growth.parents_BC.fill_(parent)
     buffers = TreeBuffers(2, config.num_nodes, torch.device(device))

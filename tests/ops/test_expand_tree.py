@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from tests.ops.rounds import MAX_POSITION, SENTINEL, TORCH_ONLY, WHERE, Round, random_round
+from tests.ops.rounds import MAX_POSITION, SENTINEL, STATIC, WHERE, Round, random_round
 from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.ops.expand_tree import pool_size
 
 # Depth, top-k: one level, chains, the default, and the widest trees that 64 bits allow.
 SHAPES = [(1, 1), (1, 5), (65, 1), (3, 4), (6, 8), (4, 11), (5, 16), (2, 64), (3, 32)]
-STATIC = ["mc_sim_7b_63", [[0]], [[0], [1], [1, 0], [0, 0], [1, 1], [1, 0, 0]]]
 
 
 def check_level(case: Round, level: int) -> None:
@@ -58,10 +57,9 @@ def test_every_level_equals_the_reference(impl, device, depth, top_k, kind):
             check_level(case, level)
 
 
-@pytest.mark.parametrize(("impl", "device"), TORCH_ONLY)
-@pytest.mark.parametrize("paths", STATIC)
-def test_every_level_of_a_static_tree(impl, device, paths):
-    config = TreeConfig.static(paths)
+@pytest.mark.parametrize(("impl", "device"), WHERE)
+@pytest.mark.parametrize("config", STATIC.values(), ids=STATIC)
+def test_every_level_of_a_static_tree(impl, device, config):
     case = random_round(config, impl, device, batch=5, seed=1, spoiled=True)
     for level in range(1, config.depth + 1):
         case.offer(level)
@@ -84,6 +82,15 @@ def test_an_empty_batch_changes_nothing(impl, device):
     case.offer(2)
     assert all(rows.eq(SENTINEL).all() for rows in case.buffers())
     assert case.input_ids_M.eq(SENTINEL).all()
+
+
+def test_a_frontier_that_the_kernel_cannot_hold_is_torchs():
+    config = TreeConfig(5, 1, 65)
+    case = random_round(config, "auto", "cpu").offer_all()
+    check_level(case, 1)
+    case.impl = "extension"
+    with pytest.raises(ValueError, match=r"top_k of at most 64, got 65: use impl=\"auto\""):
+        case.offer(1)
 
 
 def test_pool_size_is_the_configs():

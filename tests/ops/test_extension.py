@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.ops.rounds import random_round
+from tests.ops.rounds import STATIC, random_round
 from tests.ops.setups import (
     DEVICE,
     cumulative,
@@ -51,7 +51,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def a_step(cache: torch.Tensor) -> None:
+def a_step(cache: torch.Tensor, tree: TreeConfig) -> None:
     """All operations as one step of the engine calls them."""
     num_slots, num_nodes = 9, 12
     batch = mixed_batch(0, num_slots, num_nodes)
@@ -94,18 +94,21 @@ def a_step(cache: torch.Tensor) -> None:
         num_nodes=num_nodes,
         **settings,
     )
-    growing = random_round(TreeConfig(5, 3, 4), "extension", DEVICE.type)
+    growing = random_round(tree, "extension", DEVICE.type)
     growing.offer_all().build([0, 1, 2], [False] * 3, 6)
     frontier = (growing.root_positions_B, 9, growing.input_ids_M, growing.positions_M)
     ops.expand_logits(growing.growth, fused_TF, None, 1, 3, *frontier, **settings)
     ops.draft_topk(fused_TF, 4, torch.arange(24, device=DEVICE), **settings)
 
 
-def test_each_operation_does_what_its_schema_says():
+@pytest.mark.parametrize(
+    "tree", [TreeConfig(5, 3, 4), STATIC["published"]], ids=["dynamic", "static"]
+)
+def test_each_operation_does_what_its_schema_says(tree):
     """Writes what it says and nothing else, has a fake kernel, and can be traced."""
     cache = torch.zeros(20, 2, 16, 64, device=DEVICE)
     with Recorder() as recorder:
-        a_step(cache)
+        a_step(cache, tree)
     assert set(recorder.calls) == set(extension.OPS)
     for name, args in recorder.calls.items():
         torch.library.opcheck(getattr(torch.ops.vllm_eagle3, name).default, args)

@@ -31,7 +31,7 @@ def build_tree(
     Source: EAGLE-2 (arXiv 2406.16858), section 4.2; exactly
     :func:`~vllm_eagle3.tree.rerank.rerank` of the candidates offered up to ``level``. Nodes
     that no candidate fills are detached (token 0), and node 0 has token 0. Of a static tree
-    (``growth.static``, in torch) its nodes are kept.
+    (``growth.static``) its nodes are kept, the first N - 1 of them.
 
     Args:
         growth: the candidates, in the first ``num_reqs`` rows.
@@ -87,6 +87,7 @@ def build_tree(
             growth.tokens_BC,
             growth.scores_BC,
             growth.parents_BC,
+            growth.static and growth.static.kept(level),
             num_offered,
             level,
             num_reqs,
@@ -113,7 +114,7 @@ def _tree_torch(
     growth: GrowthBuffers, level: int, num_nodes: int, is_chain_B: torch.Tensor
 ) -> DraftTree:
     expansion = expansion_of(growth, level, is_chain_B.shape[0])
-    kept_M = None if growth.static is None else growth.static.kept(level)
+    kept_M = growth.static and growth.static.kept(level)[: num_nodes - 1]
     num_kept = expansion.scores_BC.shape[1] if kept_M is None else len(kept_M)
     num_filled = min(num_nodes, num_kept + 1)
     tree = rerank(expansion, num_filled, kept_M=kept_M)

@@ -48,10 +48,10 @@ def expand_logits(
         return
     logits_MV = logits_MV[:num_rows]
     where = (level, num_reqs, root_positions_B, max_position, input_ids_M, positions_M)
-    if growth.static is None and use_extension(impl, logits_MV, K):
+    if use_extension(impl, logits_MV, K):
         scratch = split_scratch(logits_MV, K)
         torch.ops.vllm_eagle3.expand_logits(
-            *tensors_of(growth), logits_MV, offsets_V, *scratch, *where
+            *tensors_of(growth, level), logits_MV, offsets_V, *scratch, *where
         )
         return
     children = draft_topk(logits_MV, K, offsets_V, impl=impl)

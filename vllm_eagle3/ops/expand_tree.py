@@ -32,8 +32,8 @@ def expand_tree(
 
     Source: EAGLE-2 (arXiv 2406.16858), section 4.1; exactly :func:`~vllm_eagle3.tree.expand.start`
     at level 1 and :func:`~vllm_eagle3.tree.expand.grow` below: NaN counts as -inf, ties go to
-    the candidate that was offered first. Of a static tree (``growth.static``, in torch) the
-    candidates with children are the next frontier.
+    the candidate that was offered first. Of a static tree (``growth.static``) the candidates
+    with children are the next frontier.
 
     The frontier becomes the draft's next rows, K for each request: row ``b * K + k`` is its
     token at position ``min(root position + level - 1, max_position)``.
@@ -69,7 +69,7 @@ def expand_tree(
         return
     if use_extension(impl, growth):
         torch.ops.vllm_eagle3.expand_tree(
-            *tensors_of(growth),
+            *tensors_of(growth, level),
             log_probs_MK,
             tokens_MK,
             level,
@@ -125,8 +125,8 @@ def check_level(
     return num_reqs if level == 1 else num_reqs * K
 
 
-def tensors_of(growth: GrowthBuffers) -> tuple[torch.Tensor, ...]:
-    """In the order in which the compiled operations take them."""
+def tensors_of(growth: GrowthBuffers, level: int) -> tuple[torch.Tensor | None, ...]:
+    """In the order in which the compiled operations take them; last, who goes on if fixed."""
     return (
         growth.tokens_BC,
         growth.scores_BC,
@@ -135,19 +135,19 @@ def tensors_of(growth: GrowthBuffers) -> tuple[torch.Tensor, ...]:
         growth.frontier_index_BK,
         growth.frontier_bits_BK,
         growth.frontier_row_BK,
+        growth.static and growth.static.frontier(level),
     )
 
 
 def use_extension(impl: Impl, growth: GrowthBuffers) -> bool:
-    """Whether the compiled kernel runs: for dynamic trees, with a frontier of at most 64."""
+    """Whether the compiled kernel runs: for a frontier of at most 64."""
     K = growth.frontier_bits_BK.shape[1]
     if resolve(impl, growth.tokens_BC.device, ("extension",)) != "extension":
         return False
-    can_run = K <= MAX_EXPANDED and growth.static is None
+    can_run = K <= MAX_EXPANDED
     check(
         can_run or impl == "auto",
-        f'impl="extension" takes dynamic trees of a top_k of at most {MAX_EXPANDED}, got a '
-        f'{"dynamic" if growth.static is None else "static"} one of {K}: use impl="auto"',
+        f'impl="extension" takes a top_k of at most {MAX_EXPANDED}, got {K}: use impl="auto"',
     )
     return can_run
 
@@ -179,7 +179,7 @@ def _offer_torch(
 ) -> None:
     K = tokens_MK.shape[1]
     requests_B1 = torch.arange(num_reqs, device=tokens_MK.device).unsqueeze(1)
-    frontier_K = None if growth.static is None else growth.static.frontier(level)
+    frontier_K = growth.static and growth.static.frontier(level)
     if level == 1:
         expansion = start(log_probs_MK, tokens_MK, frontier_K)
         offered, row_BK = 0, requests_B1.expand(-1, K)
