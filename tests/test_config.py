@@ -46,7 +46,7 @@ def test_trees_of_all_requests_together_keep_the_budget(num_drafts, verify_budge
     tiers = TreeConfig(num_drafts, 8, 8, verify_budget=verify_budget).tiers()
     assert tiers[0][0] == 1
     assert tiers[0][2] == num_drafts
-    for first, last, drafts in tiers[:-1]:
+    for first, last, drafts in tiers[:-2]:
         assert first <= last
         assert last * (drafts + 1) <= verify_budget
     for (_, last, drafts), (first, _, fewer) in itertools.pairwise(tiers):
@@ -55,8 +55,10 @@ def test_trees_of_all_requests_together_keep_the_budget(num_drafts, verify_budge
         # One request more would not have fitted, and a tree twice the next one's would not.
         assert first * (drafts + 1) > verify_budget
         assert first * 2 * (fewer + 1) > verify_budget or 2 * (fewer + 1) > num_drafts
-    assert tiers[-1][1] > 1000
-    assert tiers[-1][2] == 1
+    # One draft each is the least, until the requests are a crowd.
+    assert tiers[-2][1:] == (2 * verify_budget, 1)
+    assert tiers[-1][1] > 10_000
+    assert tiers[-1][2] == 0
 
 
 def test_without_a_budget_all_trees_are_of_one_size():

@@ -16,7 +16,10 @@ _DEFAULT_TOP_K = 16
 # Rows that cost a target's forward little more than one: reading its weights takes as long.
 _DEFAULT_VERIFY_BUDGET = 128
 _ANY_NUMBER = 1 << 20  # of requests
-_SMALLEST_TIER = 2  # rows of a request, however many requests there are
+_SMALLEST_TIER = 2  # rows of a request with a tree
+# Requests for each token of the budget from which on nothing is drafted: their own tokens keep
+# the GPU busy, and no size that vLLM captures by default holds them with a draft each.
+_CROWD = 2
 _SIZES = ("depth", "top_k", "verify_budget")
 _KEYS = (*_SIZES, "paths")
 
@@ -33,8 +36,9 @@ class TreeConfig:
         num_speculative_tokens: draft tokens verified for each target forward (N - 1).
         depth: levels below the root that the draft expands (D).
         top_k: children for each expanded node, and nodes expanded for each level (K).
-        verify_budget: tokens that one target forward verifies, over all requests; with more
-            requests their trees are smaller. None for trees of one size.
+        verify_budget: tokens that one target forward verifies, over all requests, prompts not
+            counted; with more requests their trees are smaller, down to one node, and from
+            twice as many requests on nothing is drafted. None for trees of one size.
         paths: the nodes below the root of a static tree, each by its ranks; None for dynamic
             trees.
 
@@ -177,13 +181,16 @@ class TreeConfig:
         Smaller trees are the best nodes of the whole one: every prefix of it is a tree.
         """
         tiers, first, rows = [], 1, self.num_nodes
-        while self.verify_budget is not None and rows > _SMALLEST_TIER:
+        if self.verify_budget is None:
+            return [(1, _ANY_NUMBER, rows - 1)]
+        while rows > _SMALLEST_TIER:
             last = self.verify_budget // rows
             if last >= first:
                 tiers.append((first, last, rows - 1))
                 first = last + 1
             rows = 1 << ((rows - 1).bit_length() - 1)
-        return [*tiers, (first, _ANY_NUMBER, rows - 1)]
+        crowd = _CROWD * self.verify_budget
+        return [*tiers, (first, crowd, rows - 1), (crowd + 1, _ANY_NUMBER, 0)]
 
     def tier(self, num_drafts: int) -> Self:
         """The shape in which a smaller tree is grown, of ``num_drafts`` nodes below the root.

@@ -84,9 +84,9 @@ class Graphs:
             speculator.capture()
         prepare = runner.model_state.tree.batch.prepare
 
-        def counting(batch: Any, buffers: Any, is_padded: bool) -> None:
-            self.padded += is_padded and batch.num_reqs < batch.num_reqs_after_padding
-            prepare(batch, buffers, is_padded)
+        def counting(batch: Any, buffers: Any, replays_graph: bool) -> None:
+            self.padded += replays_graph and batch.num_reqs < batch.num_reqs_after_padding
+            prepare(batch, buffers, replays_graph)
 
         monkeypatch.setattr(runner.model_state.tree.batch, "prepare", counting)
 

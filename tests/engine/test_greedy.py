@@ -242,10 +242,10 @@ def test_dummy_batches_between_steps(engines, consult, texts):
 
 
 def test_a_tree_for_each_batch_size(engines, plain, monkeypatch):
-    """vLLM's schedule of draft counts cuts the tree to its best nodes; 1 is the root's best."""
+    """vLLM's schedule of draft counts cuts the tree to its best nodes, the root's best, or none."""
     prompts = PROMPTS[:8]
     texts = plain.generate(prompts, sampling(24))
-    schedule = [[1, 2, 12], [3, 5, 1], [6, 8, 5]]
+    schedule = [[1, 2, 12], [3, 4, 1], [5, 6, 0], [7, 8, 5]]
     engine = engines.tree(12, 4, 4, {"num_speculative_tokens_per_batch_size": schedule})
     oracle = Oracle(engine, monkeypatch)
     oracle.know(prompts, texts)

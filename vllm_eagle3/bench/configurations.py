@@ -65,9 +65,8 @@ class Configuration:
         if self.tree is None:
             return self.num_speculative_tokens or 0
         config = TreeConfig.from_dict(self.tree, self.num_speculative_tokens)
-        return next(
-            config.tier(drafts).depth for _, last, drafts in config.tiers() if batch_size <= last
-        )
+        drafts = next(drafts for _, last, drafts in config.tiers() if batch_size <= last)
+        return config.tier(drafts).depth if drafts else 0
 
 
 PLAIN = Configuration("plain")

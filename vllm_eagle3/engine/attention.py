@@ -7,7 +7,7 @@ extends and how tree rows are computed.
 """
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -97,7 +97,7 @@ class TreeMetadataBuilder(AttentionMetadataBuilder[TreeMetadata]):
             tail = self.stock.build_for_cudagraph_capture(common)
             return TreeMetadata(None, common.block_table_tensor, tail)
         # The graph must hold whatever prefix is replayed on it.
-        tree.max_prefix_len = common.max_seq_len
+        tree = replace(tree, max_prefix_len=common.max_seq_len)
         return self.build_tree_rows(tree, common.block_table_tensor)
 
     def build_tree_rows(self, tree: TreeRows, block_table: torch.Tensor) -> TreeMetadata:

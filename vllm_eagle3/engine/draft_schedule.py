@@ -55,7 +55,7 @@ class DraftSchedule:
     def keep_rounds(self, manager: SpeculatorCudaGraphManager) -> None:
         """Capture a draft prefill, and the round behind it, only with trees of the schedule.
 
-        A step between two sizes does without a graph.
+        The round of a step between two sizes does without: its growth has a graph of its own.
 
         Args:
             manager: of vLLM's draft prefills, each with trees of one size, root included.

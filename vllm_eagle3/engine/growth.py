@@ -113,6 +113,7 @@ class TreeGrowth(EagleSpeculator):
         if not captures_round:
             frontier.no_roots_beyond(num_reqs)  # a graph of the growth may be of more
         self._expand(frontier, frontier.growth, slice(0, num_reqs), self._root_logits_BV, level=1)
+        self._root_logits_BV = None
         if captures_round:
             self._generate_draft(
                 num_reqs, num_reqs, attn_metadata, num_speculative_steps=num_drafts

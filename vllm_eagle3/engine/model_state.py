@@ -108,8 +108,8 @@ class TreeModelState(DefaultModelState):
         if for_capture:
             batch.prepare_capture(input_batch)
         else:
-            is_padded = cudagraph_mode == CUDAGraphMode.FULL
-            batch.prepare(input_batch, self.tree.buffers, is_padded)
+            replays_graph = cudagraph_mode == CUDAGraphMode.FULL
+            batch.prepare(input_batch, self.tree.buffers, replays_graph)
         return super().prepare_attn(
             input_batch, cudagraph_mode, *args, for_capture=for_capture, **kwargs
         )

@@ -1,4 +1,4 @@
-"""Drafting dynamic trees in place of vLLM's chains."""
+"""Drafting trees in place of vLLM's chains."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class TreeSpeculator(TreeGrowth):
-    """vLLM's EAGLE speculator with EAGLE-2's expansion and reranking.
+    """vLLM's EAGLE speculator with trees: EAGLE-2's expansion and reranking, or EAGLE-1's paths.
 
     The frame is vLLM's: the draft's prefill over the accepted tokens is its own, on inputs
     that :meth:`_fuse` has put in the order of a chain. Its loop over single tokens is
@@ -35,6 +35,7 @@ class TreeSpeculator(TreeGrowth):
     def __init__(self, vllm_config: "VllmConfig", device: torch.device, config: TreeConfig) -> None:
         super().__init__(vllm_config, device, config)
         self.tree = TreeState(self.max_num_reqs, self.max_num_tokens, config.num_nodes, device)
+        self._drafted_nothing = False  # in the last step
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         base = resolve_model_state_cls(self.vllm_config, target_model)
@@ -87,6 +88,11 @@ class TreeSpeculator(TreeGrowth):
         if num_speculative_tokens is None:
             num_speculative_tokens = self._schedule.drafts(input_batch.num_reqs)
         self._num_drafts = max(1, num_speculative_tokens)
+        if self._drafted_nothing:
+            # vLLM's mark of no drafts, -1, which it would take for the last step's first drafts
+            # and put into rows of the draft's prefill that nobody reads, but the model embeds.
+            self.draft_tokens.zero_()
+        self._drafted_nothing = num_speculative_tokens == 0
         self._grown_with_prefill = True  # unless the prefill runs outside of its graph
         drafts = super().propose(
             input_batch,

@@ -61,14 +61,14 @@ class TreeBatch:
         self.tree_lens_B = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.rows: TreeRows | None = None
 
-    def prepare(self, batch: "InputBatch", buffers: TreeBuffers, is_padded: bool) -> None:
+    def prepare(self, batch: "InputBatch", buffers: TreeBuffers, replays_graph: bool) -> None:
         """Gather the trees of a batch from the request slots' buffers.
 
         Requests with drafts lead the batch (vLLM sorts it so); a request without drafts
         among them is a one-node tree.
 
         Args:
-            is_padded: whether the step replays the graph of a whole batch, with requests of
+            replays_graph: whether the step replays the graph of a whole batch, with requests of
                 no rows at the end.
         """
         self.positions_T[: batch.num_tokens_after_padding].copy_(batch.positions)
@@ -94,7 +94,7 @@ class TreeBatch:
         )
         max_prefix_len = int(batch.seq_lens_cpu_upper_bound[:num_reqs].max())
         num_tokens = int(query_lens.sum())
-        if is_padded:
+        if replays_graph:
             assert num_reqs == batch.num_reqs, "a graph of tree rows has no other rows"
             num_reqs = batch.num_reqs_after_padding
             num_tokens = batch.num_tokens_after_padding
