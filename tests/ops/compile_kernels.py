@@ -126,6 +126,21 @@ def trees() -> None:
         ops.compact_kv(table, long[None], *path, *batch, impl="triton")
 
 
+def losses() -> None:
+    """Both sizes of rows; with and without gradient, and the term of the top tokens."""
+    rows, weights = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    top = torch.zeros(2, 10, dtype=torch.int64), weights
+    for vocab_size, dtype, given, with_gradient in (
+        (8192, torch.bfloat16, (), True),
+        (8191, torch.float32, (), False),
+        (49152, torch.bfloat16, top, True),
+        (49152, torch.float16, top, False),
+    ):
+        logits = torch.zeros(2, vocab_size, dtype=dtype)
+        ops.soft_cross_entropy(logits, logits.clone(), rows, weights, *given,
+            with_gradient=with_gradient, impl="triton")  # fmt: skip
+
+
 def main() -> None:
     assert not interpreted()
     # The dispatcher would refuse tensors on the CPU: nothing runs here.
@@ -137,6 +152,7 @@ def main() -> None:
         triton.runtime.driver.set_active(NamedGpu(capability))
         attentions()
         trees()
+        losses()
     print(len(compiled), *sorted(set(compiled)))
 
 

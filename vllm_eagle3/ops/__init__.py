@@ -1,4 +1,4 @@
-"""Fast versions of :mod:`vllm_eagle3.tree`, and the attention kernels.
+"""Fast versions of :mod:`vllm_eagle3.tree`, the attention kernels, and the loss of training.
 
 Each operation checks its arguments and then runs the implementation that ``impl`` names:
 ``torch``, ``triton``, ``extension`` (compiled, from ``csrc/``), or ``auto``, which on a GPU is the
@@ -15,6 +15,7 @@ from vllm_eagle3.ops.expand_logits import expand_logits
 from vllm_eagle3.ops.expand_tree import expand_tree
 from vllm_eagle3.ops.fuse_features import fuse_features
 from vllm_eagle3.ops.gather_tree_rows import gather_tree_rows
+from vllm_eagle3.ops.soft_cross_entropy import fuses_cross_entropy, soft_cross_entropy
 from vllm_eagle3.ops.tree_attention import finish_tree_attention, tree_attention
 from vllm_eagle3.ops.verify_tree import verify_tree
 
@@ -29,7 +30,9 @@ __all__ = [
     "expand_tree",
     "finish_tree_attention",
     "fuse_features",
+    "fuses_cross_entropy",
     "gather_tree_rows",
+    "soft_cross_entropy",
     "tree_attention",
     "verify_tree",
 ]

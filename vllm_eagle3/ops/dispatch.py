@@ -1,5 +1,7 @@
 """Which implementation of an operation runs, and the checks that all operations share."""
 
+import functools
+import importlib.util
 from typing import Literal
 
 import torch
@@ -30,10 +32,12 @@ def resolve(
     if impl == "auto":
         if device.type != "cuda":
             return "torch"
-        return next((k for k in kernels if k != "extension" or extension.load()), "torch")
+        return next(filter(_is_installed, kernels), "torch")
     if impl != "torch" and impl not in kernels:
         names = ", ".join(f'"{name}"' for name in ("auto", "torch", *kernels))
         raise ValueError(f"impl must be one of {names}, got {impl!r}")
+    if impl == "triton" and not _has_triton():
+        raise ValueError('impl="triton" needs the package triton: install it, or use impl="auto"')
     if impl == "triton" and device.type != "cuda" and not interpreted():
         raise ValueError(
             f'impl="triton" cannot run on {device.type} tensors: use impl="auto", or set '
@@ -45,6 +49,15 @@ def resolve(
             f'use impl="auto", or {extension.REMEDY}'
         )
     return impl
+
+
+def _is_installed(kernel: Kernel) -> bool:
+    return extension.load() if kernel == "extension" else _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
