@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm_eagle3.train.head_config import HeadConfig
+from vllm_eagle3.train.norms import rms_norm
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 and returned in the dtype of x."""
+    """x / rms(x) * weight, in the dtype of x; sums are float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -23,9 +24,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        accurate = torch.promote_types(x.dtype, torch.float32)
-        weight = self.weight.to(accurate)
-        return F.rms_norm(x.to(accurate), weight.shape, weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
