@@ -139,7 +139,6 @@ class _FlashPlusDiagonal(torch.autograd.Function):
         num_steps = len(diagonal) // 2
         keys, values = diagonal[:num_steps], diagonal[num_steps:]
         scale = 1.0 / math.sqrt(q.shape[-1])
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, lse, extra = _flash(q, k, v)
         if num_steps:
             accurate = lse.dtype
@@ -161,7 +160,6 @@ class _FlashPlusDiagonal(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse, weights_JBNT, *diagonal = ctx.saved_tensors
         keys, values = diagonal[: ctx.num_steps], diagonal[ctx.num_steps :]
-        grad = grad.contiguous()
         grad_q, grad_k, grad_v = _flash_backward(grad, q, k, v, out, lse, ctx.extra)
         if not ctx.num_steps:
             return grad_q, grad_k, grad_v

@@ -43,17 +43,19 @@ class SelfAttention(nn.Module):
         self.rope_theta = config.rope_theta
 
     def forward(self, x: torch.Tensor, positions_BT: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """``attend`` takes q, k, v as BNTD, keys and values repeated to the query heads."""
+        """``attend`` takes q, k, v as BNTD, keys and values repeated to the query heads.
+
+        They are views of BTND, the layout that attention computes in.
+        """
 
         def heads(projected: torch.Tensor) -> torch.Tensor:
-            return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            return projected.unflatten(-1, (-1, self.head_dim))
 
-        q = heads(self.q_proj(x))
-        k = heads(self.k_proj(x))
-        v = heads(self.v_proj(x)).repeat_interleave(self.group, 1)
         cos, sin = self._rotary(positions_BT)
-        q = _rotate(q, cos, sin)
-        k = _rotate(k, cos, sin).repeat_interleave(self.group, 1)
+        q = _rotate(heads(self.q_proj(x)), cos, sin)
+        k = _rotate(heads(self.k_proj(x)), cos, sin).repeat_interleave(self.group, 2)
+        v = heads(self.v_proj(x)).repeat_interleave(self.group, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(-2))
 
     def _rotary(self, positions_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +63,7 @@ class SelfAttention(nn.Module):
         even = torch.arange(0, self.head_dim, 2, device=positions_BT.device, dtype=accurate)
         frequencies = self.rope_theta ** (-even / self.head_dim)
         angles = (positions_BT.unsqueeze(-1).to(accurate) * frequencies).repeat(1, 1, 2)
-        return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+        return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
