@@ -126,8 +126,8 @@ def trees() -> None:
         ops.compact_kv(table, long[None], *path, *batch, impl="triton")
 
 
-def losses() -> None:
-    """Both sizes of rows; with and without gradient, and the term of the top tokens."""
+def training() -> None:
+    """Losses of both sizes of rows, with each part and without; one later step, and six."""
     rows, weights = torch.zeros(2, dtype=torch.int64), torch.ones(2)
     top = torch.zeros(2, 10, dtype=torch.int64), weights
     for vocab_size, dtype, given, with_gradient in (
@@ -139,6 +139,11 @@ def losses() -> None:
         logits = torch.zeros(2, vocab_size, dtype=dtype)
         ops.soft_cross_entropy(logits, logits.clone(), rows, weights, *given,
             with_gradient=with_gradient, impl="triton")  # fmt: skip
+    for head_dim, dtype, steps in ((64, torch.bfloat16, 6), (80, torch.float16, 1)):
+        x, lse = torch.zeros(1, 2, 5, head_dim, dtype=dtype), torch.zeros(1, 2, 5)
+        later = ([x] * steps,) * 2
+        ops.add_diagonal(x, x, lse, *later, impl="triton")
+        ops.diagonal_gradients(x, x, x, lse, *later, x, impl="triton")
 
 
 def main() -> None:
@@ -152,7 +157,7 @@ def main() -> None:
         triton.runtime.driver.set_active(NamedGpu(capability))
         attentions()
         trees()
-        losses()
+        training()
     print(len(compiled), *sorted(set(compiled)))
 
 

@@ -1,4 +1,4 @@
-"""Fast versions of :mod:`vllm_eagle3.tree`, the attention kernels, and the loss of training.
+"""Fast versions of :mod:`vllm_eagle3.tree`, the attention kernels, and what training needs.
 
 Each operation checks its arguments and then runs the implementation that ``impl`` names:
 ``torch``, ``triton``, ``extension`` (compiled, from ``csrc/``), or ``auto``, which on a GPU is the
@@ -9,6 +9,7 @@ torch elsewhere.
 from vllm_eagle3.ops.accepted_row_index import accepted_row_index
 from vllm_eagle3.ops.build_tree import build_tree
 from vllm_eagle3.ops.compact_kv import KVCacheTable, compact_kv
+from vllm_eagle3.ops.diagonal_attention import add_diagonal, diagonal_gradients
 from vllm_eagle3.ops.dispatch import Impl
 from vllm_eagle3.ops.draft_topk import draft_topk
 from vllm_eagle3.ops.expand_logits import expand_logits
@@ -23,8 +24,10 @@ __all__ = [
     "Impl",
     "KVCacheTable",
     "accepted_row_index",
+    "add_diagonal",
     "build_tree",
     "compact_kv",
+    "diagonal_gradients",
     "draft_topk",
     "expand_logits",
     "expand_tree",
