@@ -15,12 +15,15 @@ from vllm_eagle3.ops import fuses_cross_entropy, soft_cross_entropy
 
 _CHUNK_ELEMENTS = 1 << 25  # of one chunk's logits, of which torch makes some four float32 copies
 _FUSED_CHUNK_ELEMENTS = 1 << 27  # where a kernel makes none: fewer chunks, fewer sums into W
+_TILE_ROWS = 128  # of a matrix product on a GPU
 
 
 def chunks(x_MH: torch.Tensor, target_dtype: torch.dtype, vocab_size: int) -> Iterator[slice]:
     """The rows in parts that bound their logits."""
     fused = fuses_cross_entropy(x_MH.device, x_MH.dtype, target_dtype)
     rows = max(1, (_FUSED_CHUNK_ELEMENTS if fused else _CHUNK_ELEMENTS) // vocab_size)
+    if rows > _TILE_ROWS:
+        rows -= rows % _TILE_ROWS
     return (slice(start, start + rows) for start in range(0, len(x_MH), rows))
 
 
