@@ -127,7 +127,7 @@ def trees() -> None:
 
 
 def training() -> None:
-    """Losses of both sizes of rows, with each part and without; one later step, and six."""
+    """Losses of both sizes of rows, with each part and without; one later step, and six; turns."""
     rows, weights = torch.zeros(2, dtype=torch.int64), torch.ones(2)
     top = torch.zeros(2, 10, dtype=torch.int64), weights
     for vocab_size, dtype, given, with_gradient in (
@@ -144,6 +144,8 @@ def training() -> None:
         later = ([x] * steps,) * 2
         ops.add_diagonal(x, x, lse, *later, impl="triton")
         ops.diagonal_gradients(x, x, x, lse, *later, x, impl="triton")
+        angles = torch.zeros(1, 2, head_dim)
+        ops.rotate_halves(x, angles, angles, inverse=steps > 1, impl="triton")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from vllm_eagle3.ops.expand_logits import expand_logits
 from vllm_eagle3.ops.expand_tree import expand_tree
 from vllm_eagle3.ops.fuse_features import fuse_features
 from vllm_eagle3.ops.gather_tree_rows import gather_tree_rows
+from vllm_eagle3.ops.rotary import rotate_halves
 from vllm_eagle3.ops.soft_cross_entropy import fuses_cross_entropy, soft_cross_entropy
 from vllm_eagle3.ops.tree_attention import finish_tree_attention, tree_attention
 from vllm_eagle3.ops.verify_tree import verify_tree
@@ -35,6 +36,7 @@ __all__ = [
     "fuse_features",
     "fuses_cross_entropy",
     "gather_tree_rows",
+    "rotate_halves",
     "soft_cross_entropy",
     "tree_attention",
     "verify_tree",
