@@ -127,19 +127,18 @@ def trees() -> None:
 
 
 def training() -> None:
-    """Losses of both sizes of rows, with each part and without; one later step, and six; turns."""
+    """Losses of both sizes of rows, with each part and without; one later step, and two; turns."""
     rows, weights = torch.zeros(2, dtype=torch.int64), torch.ones(2)
     top = torch.zeros(2, 10, dtype=torch.int64), weights
     for vocab_size, dtype, given, with_gradient in (
         (8192, torch.bfloat16, (), True),
-        (8191, torch.float32, (), False),
         (49152, torch.bfloat16, top, True),
-        (49152, torch.float16, top, False),
+        (8191, torch.float32, top, False),
     ):
         logits = torch.zeros(2, vocab_size, dtype=dtype)
         ops.soft_cross_entropy(logits, logits.clone(), rows, weights, *given,
             with_gradient=with_gradient, impl="triton")  # fmt: skip
-    for head_dim, dtype, steps in ((64, torch.bfloat16, 6), (80, torch.float16, 1)):
+    for head_dim, dtype, steps in ((64, torch.bfloat16, 2), (80, torch.float16, 1)):
         x, lse = torch.zeros(1, 2, 5, head_dim, dtype=dtype), torch.zeros(1, 2, 5)
         later = ([x] * steps,) * 2
         ops.add_diagonal(x, x, lse, *later, impl="triton")

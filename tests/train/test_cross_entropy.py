@@ -1,15 +1,12 @@
-"""What a measure costs: the products of the forward, and none for gradients. The fused kernel."""
-
-from functools import partial
+"""What a measure costs: the products of the forward, and none for gradients."""
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.train import small
-from vllm_eagle3.ops import fuses_cross_entropy, soft_cross_entropy
 from vllm_eagle3.train.data import epoch_batches
-from vllm_eagle3.train.objectives import OBJECTIVES, cross_entropy
+from vllm_eagle3.train.objectives import OBJECTIVES
 from vllm_eagle3.train.objectives.cross_entropy import (
     LinearSoftCrossEntropy,
     SharedHeadCrossEntropy,
@@ -73,35 +70,3 @@ def test_an_evaluation_computes_no_gradients(name: str) -> None:
     product = 2 * counted * head.config.hidden_size * len(head.d2t)
     num_gradients = {"eagle3": 2, "hass": 1}[name]
     assert flops(measure) - measured == num_gradients * product > 0
-
-
-@pytest.mark.parametrize("name", ["eagle3", "hass"])
-def test_the_fused_kernel_trains_as_torch_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Triton's interpreter; what a GPU takes by itself is asserted with the operation."""
-    objective = OBJECTIVES[name]
-    target, head = small.head_for(objective, torch.float32)
-    tokens = next(epoch_batches(small.documents(4), 512, 64, seed=0))
-    batch = objective.read(target, tokens, head)
-    head.eval()  # no noise
-
-    def run():
-        result = objective.loss(head, batch, objective.settings)
-        gradients = torch.autograd.grad(result.loss, list(head.parameters()))
-        measures = result.losses_K, result.accuracy_K, result.accepted_K, result.parts
-        return result.loss.detach(), *measures, gradients
-
-    expected = run()
-    calls = []
-
-    def fused(*args, **kwargs):
-        calls.append(len(args[0]))
-        return soft_cross_entropy(*args, **kwargs, impl="triton")
-
-    monkeypatch.setattr(cross_entropy, "soft_cross_entropy", fused)
-    monkeypatch.setattr(
-        cross_entropy, "fuses_cross_entropy", partial(fuses_cross_entropy, impl="triton")
-    )
-    monkeypatch.setattr(cross_entropy, "_FUSED_CHUNK_ELEMENTS", 50 * len(head.d2t))
-    torch.testing.assert_close(run(), expected, rtol=1e-5, atol=1e-6)
-    assert len(calls) > 1
-    assert max(calls) == 50

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_eagle3.ops.dispatch import Impl, check, check_same_device, resolve
+from vllm_eagle3.ops.dispatch import Impl, check, check_same_device, runs_triton
 
 Tensors = Sequence[torch.Tensor]
-_KERNEL_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def add_diagonal(
@@ -47,7 +46,7 @@ def add_diagonal(
     _check(query_BNTD, lse_BNT, keys, values, out_BNTD)
     if not keys:
         return out_BNTD, lse_BNT
-    if not _runs_kernel(query_BNTD, impl):
+    if not runs_triton(impl, query_BNTD.device, query_BNTD.dtype):
         return _add_diagonal_torch(query_BNTD, out_BNTD, lse_BNT, keys, values)
     from vllm_eagle3.ops.kernels.diagonal_attention import launch_forward
 
@@ -88,7 +87,7 @@ def diagonal_gradients(
     tensors = grad_BNTD, query_BNTD, out_BNTD
     if not keys:
         return query_grad_BNTD, [], []
-    if not _runs_kernel(query_BNTD, impl):
+    if not runs_triton(impl, query_BNTD.device, query_BNTD.dtype):
         return _diagonal_gradients_torch(*tensors, lse_BNT, keys, values, query_grad_BNTD)
     from vllm_eagle3.ops.kernels.diagonal_attention import launch_backward
 
@@ -126,18 +125,6 @@ def _check(query_BNTD, lse_BNT, keys: Tensors, values: Tensors, *others: torch.T
             f"lse_BNT must be {accurate} {tuple(query_BNTD.shape[:3])}, got {lse_BNT.dtype} "
             f"{tuple(lse_BNT.shape)}"
         )
-
-
-def _runs_kernel(query_BNTD: torch.Tensor, impl: Impl) -> bool:
-    if resolve(impl, query_BNTD.device) != "triton":
-        return False
-    can_run = query_BNTD.dtype in _KERNEL_TYPES
-    check(
-        can_run or impl == "auto",
-        f'impl="triton" takes bfloat16, float16 or float32, got {query_BNTD.dtype}: use '
-        'impl="auto"',
-    )
-    return can_run
 
 
 def _scale(query: torch.Tensor) -> float:

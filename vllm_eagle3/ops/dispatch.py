@@ -51,6 +51,29 @@ def resolve(
     return impl
 
 
+_TRITON_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def runs_triton(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether Triton computes an operation of training, which takes any float, or torch.
+
+    Args:
+        dtypes: of what it computes with; the kernels are float32 inside, so float64 is torch's.
+
+    Raises:
+        ValueError: ``impl="triton"`` cannot run here, or not on these types; an unknown name.
+    """
+    if resolve(impl, device) != "triton":
+        return False
+    can_run = all(dtype in _TRITON_FLOATS for dtype in dtypes)
+    if not can_run and impl != "auto":
+        raise ValueError(
+            'impl="triton" takes bfloat16, float16 or float32, got '
+            f'{" and ".join(map(str, dtypes))}: use impl="auto"'
+        )
+    return can_run
+
+
 def _is_installed(kernel: Kernel) -> bool:
     return extension.load() if kernel == "extension" else _has_triton()
 

@@ -2,9 +2,7 @@
 
 import torch
 
-from vllm_eagle3.ops.dispatch import Impl, check, check_same_device, resolve
-
-_KERNEL_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+from vllm_eagle3.ops.dispatch import Impl, check, check_same_device, runs_triton
 
 
 def rotate_halves(
@@ -39,20 +37,14 @@ def rotate_halves(
             )
     check(cos_BTD.shape == sin_BTD.shape, "cos_BTD and sin_BTD must have one shape")
     check_same_device(x_BTND=x_BTND, cos_BTD=cos_BTD, sin_BTD=sin_BTD)
-    if resolve(impl, x_BTND.device) == "triton":
-        if x_BTND.dtype in _KERNEL_TYPES:
-            from vllm_eagle3.ops.kernels.rotary import launch
+    if not runs_triton(impl, x_BTND.device, x_BTND.dtype):
+        return _rotate_halves_torch(x_BTND, cos_BTD, sin_BTD, inverse)
+    from vllm_eagle3.ops.kernels.rotary import launch
 
-            x_BTND = x_BTND.contiguous()
-            out_BTND = torch.empty_like(x_BTND)
-            launch(x_BTND, cos_BTD.contiguous(), sin_BTD.contiguous(), out_BTND, inverse)
-            return out_BTND
-        check(
-            impl == "auto",
-            f'impl="triton" takes bfloat16, float16 or float32, got {x_BTND.dtype}: use '
-            'impl="auto"',
-        )
-    return _rotate_halves_torch(x_BTND, cos_BTD, sin_BTD, inverse)
+    x_BTND = x_BTND.contiguous()
+    out_BTND = torch.empty_like(x_BTND)
+    launch(x_BTND, cos_BTD.contiguous(), sin_BTD.contiguous(), out_BTND, inverse)
+    return out_BTND
 
 
 def _rotate_halves_torch(

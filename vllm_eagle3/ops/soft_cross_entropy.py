@@ -11,11 +11,10 @@ from vllm_eagle3.ops.dispatch import (
     check_rows,
     check_same_device,
     check_vector,
-    resolve,
+    runs_triton,
 )
 
-_KERNEL_TYPES = (torch.bfloat16, torch.float16, torch.float32)
-_FLOATS = (*_KERNEL_TYPES, torch.float64)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class SoftCrossEntropy(NamedTuple):
@@ -113,15 +112,7 @@ def fuses_cross_entropy(device: torch.device, *dtypes: torch.dtype, impl: Impl =
     Raises:
         ValueError: ``impl="triton"`` cannot run here, or not on these types.
     """
-    if resolve(impl, device) != "triton":
-        return False
-    can_run = all(dtype in _KERNEL_TYPES for dtype in dtypes)
-    found = " and ".join(map(str, dtypes))
-    check(
-        can_run or impl == "auto",
-        f'impl="triton" takes bfloat16, float16 or float32 logits, got {found}: use impl="auto"',
-    )
-    return can_run
+    return runs_triton(impl, device, *dtypes)
 
 
 def _soft_cross_entropy_torch(
