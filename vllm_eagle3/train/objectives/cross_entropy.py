@@ -112,13 +112,9 @@ class SharedHeadCrossEntropy(torch.autograd.Function):
                 likeliest = target.topk(num_top, -1, sorted=False).indices
                 top = likeliest, torch.full_like(weights, top_weight)
             rows = soft_cross_entropy(logits, target, each, weights, *top, with_gradient=of_x)
-            losses_2M[0, part], drafted_M[part], agree_M[part] = (
-                rows.losses_M,
-                rows.drafted_M,
-                rows.agree_M,
-            )
+            losses_2M[0, part], top_losses_M, drafted_M[part], agree_M[part] = rows
             if num_top:
-                losses_2M[1, part] = rows.top_losses_M
+                losses_2M[1, part] = top_losses_M
             if of_x:
                 grad_x_MH[part] = logits @ matrix_VH
         ctx.save_for_backward(grad_x_MH)
