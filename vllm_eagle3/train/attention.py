@@ -138,6 +138,7 @@ class _FlashPlusDiagonal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, q, k, v, *diagonal):
         num_steps = len(diagonal) // 2
+        q, k, v = map(_in_layout, (q, k, v))
         out, lse, extra = _flash(q, k, v)
         out, lse = add_diagonal(q, out, lse, diagonal[:num_steps], diagonal[num_steps:])
         ctx.save_for_backward(q, k, v, out, lse, *diagonal)
@@ -149,9 +150,15 @@ class _FlashPlusDiagonal(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse, *diagonal = ctx.saved_tensors
         keys, values = diagonal[: ctx.num_steps], diagonal[ctx.num_steps :]
+        grad = _in_layout(grad)
         grad_q, grad_k, grad_v = _flash_backward(grad, q, k, v, out, lse, ctx.extra)
         grad_q, grad_keys, grad_values = diagonal_gradients(grad, q, out, lse, keys, values, grad_q)
         return grad_q, grad_k, grad_v, *grad_keys, *grad_values
+
+
+def _in_layout(x_BNTD: torch.Tensor) -> torch.Tensor:
+    """A view of BTND, the flash kernels' own layout; copied only where it is none."""
+    return x_BNTD.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
