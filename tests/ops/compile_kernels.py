@@ -126,6 +126,27 @@ def trees() -> None:
         ops.compact_kv(table, long[None], *path, *batch, impl="triton")
 
 
+def training() -> None:
+    """Losses of both sizes of rows, with each part and without; one later step, and two; turns."""
+    rows, weights = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    top = torch.zeros(2, 10, dtype=torch.int64), weights
+    for vocab_size, dtype, given, with_gradient in (
+        (8192, torch.bfloat16, (), True),
+        (49152, torch.bfloat16, top, True),
+        (8191, torch.float32, top, False),
+    ):
+        logits = torch.zeros(2, vocab_size, dtype=dtype)
+        ops.soft_cross_entropy(logits, logits.clone(), rows, weights, *given,
+            with_gradient=with_gradient, impl="triton")  # fmt: skip
+    for head_dim, dtype, steps in ((64, torch.bfloat16, 2), (80, torch.float16, 1)):
+        x, lse = torch.zeros(1, 2, 5, head_dim, dtype=dtype), torch.zeros(1, 2, 5)
+        later = ([x] * steps,) * 2
+        ops.add_diagonal(x, x, lse, *later, impl="triton")
+        ops.diagonal_gradients(x, x, x, lse, *later, x, impl="triton")
+        angles = torch.zeros(1, 2, head_dim)
+        ops.rotate_halves(x, angles, angles, inverse=steps > 1, impl="triton")
+
+
 def main() -> None:
     assert not interpreted()
     # The dispatcher would refuse tensors on the CPU: nothing runs here.
@@ -137,6 +158,7 @@ def main() -> None:
         triton.runtime.driver.set_active(NamedGpu(capability))
         attentions()
         trees()
+        training()
     print(len(compiled), *sorted(set(compiled)))
 
 

@@ -46,6 +46,23 @@ def test_output_and_all_gradients_equal_the_explicit_softmax(impl: str, num_step
     )
 
 
+@pytest.mark.parametrize("impl", ["flash", "math"])
+def test_the_layout_of_tensors_in_memory_does_not_matter(impl: str) -> None:
+    tensors, num_steps = inputs(2, torch.float64), 2
+    upstream = torch.randn(tensors[0].shape, dtype=torch.float64)
+    results = []
+    for layouts in ([False] * 8, [True] * 8, [True, False] * 4, [False, False, True, True] * 2):
+        given = [
+            (x.transpose(1, 2).contiguous().transpose(1, 2) if btnd else x).detach()
+            for x, btnd in zip([*tensors, upstream], layouts, strict=True)
+        ]
+        *given, grad = [x.requires_grad_() for x in given]
+        out = diagonal_attention(*given[:3], given[3 : 3 + num_steps], given[3 + num_steps :], impl)
+        results.append([out, *torch.autograd.grad(out, given, grad.detach())])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-12)
+
+
 def test_an_unknown_implementation_is_refused() -> None:
     with pytest.raises(ValueError, match="'flash' or 'math'"):
         diagonal_attention(*inputs(0, torch.float32), [], [], "fast")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from vllm_eagle3.corpus import Document
 from vllm_eagle3.train.learner import Learner
+from vllm_eagle3.train.norms import restore_norms
 from vllm_eagle3.train.objectives import LossSettings
 
 
@@ -34,8 +35,9 @@ def steps(
     Yields:
         tokens of the assistant, and the slots of each forward, padding included.
     """
-    # What a model without this package has: Transformers' own attention.
+    # What a model without this package has: Transformers' own attention and norms.
     learner.target.model.set_attn_implementation("sdpa")
+    restore_norms(learner.target.model)
     batches = _batches(documents, rows, max_length)
     while True:
         parts, read = [], 0

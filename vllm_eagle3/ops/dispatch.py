@@ -1,5 +1,7 @@
 """Which implementation of an operation runs, and the checks that all operations share."""
 
+import functools
+import importlib.util
 from typing import Literal
 
 import torch
@@ -30,10 +32,12 @@ def resolve(
     if impl == "auto":
         if device.type != "cuda":
             return "torch"
-        return next((k for k in kernels if k != "extension" or extension.load()), "torch")
+        return next(filter(_is_installed, kernels), "torch")
     if impl != "torch" and impl not in kernels:
         names = ", ".join(f'"{name}"' for name in ("auto", "torch", *kernels))
         raise ValueError(f"impl must be one of {names}, got {impl!r}")
+    if impl == "triton" and not _has_triton():
+        raise ValueError('impl="triton" needs the package triton: install it, or use impl="auto"')
     if impl == "triton" and device.type != "cuda" and not interpreted():
         raise ValueError(
             f'impl="triton" cannot run on {device.type} tensors: use impl="auto", or set '
@@ -45,6 +49,38 @@ def resolve(
             f'use impl="auto", or {extension.REMEDY}'
         )
     return impl
+
+
+_TRITON_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def runs_triton(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether Triton computes an operation of training, which takes any float, or torch.
+
+    Args:
+        dtypes: of what it computes with; the kernels are float32 inside, so float64 is torch's.
+
+    Raises:
+        ValueError: ``impl="triton"`` cannot run here, or not on these types; an unknown name.
+    """
+    if resolve(impl, device) != "triton":
+        return False
+    can_run = all(dtype in _TRITON_FLOATS for dtype in dtypes)
+    if not can_run and impl != "auto":
+        raise ValueError(
+            'impl="triton" takes bfloat16, float16 or float32, got '
+            f'{" and ".join(map(str, dtypes))}: use impl="auto"'
+        )
+    return can_run
+
+
+def _is_installed(kernel: Kernel) -> bool:
+    return extension.load() if kernel == "extension" else _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:

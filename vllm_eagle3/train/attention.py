@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from vllm_eagle3.ops import add_diagonal, diagonal_gradients
 from vllm_eagle3.train.documents import DocumentLayout
 
 Tensors = Sequence[torch.Tensor]
@@ -137,46 +138,27 @@ class _FlashPlusDiagonal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, q, k, v, *diagonal):
         num_steps = len(diagonal) // 2
-        keys, values = diagonal[:num_steps], diagonal[num_steps:]
-        scale = 1.0 / math.sqrt(q.shape[-1])
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q, k, v = map(_in_layout, (q, k, v))
         out, lse, extra = _flash(q, k, v)
-        if num_steps:
-            accurate = lse.dtype
-            scores = torch.stack([(q * key).sum(-1, dtype=accurate) for key in keys]) * scale
-            joint = torch.logaddexp(lse, scores.logsumexp(0))
-            merged = out.to(accurate) * (lse - joint).exp().unsqueeze(-1)
-            weights_JBNT = (scores - joint).exp()
-            for weight, value in zip(weights_JBNT, values, strict=True):
-                merged.addcmul_(weight.unsqueeze(-1), value.to(accurate))
-            out, lse = merged.to(q.dtype), joint
-        else:
-            weights_JBNT = None
-        ctx.save_for_backward(q, k, v, out, lse, weights_JBNT, *diagonal)
+        out, lse = add_diagonal(q, out, lse, diagonal[:num_steps], diagonal[num_steps:])
+        ctx.save_for_backward(q, k, v, out, lse, *diagonal)
         ctx.extra, ctx.num_steps = extra, num_steps
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v, out, lse, weights_JBNT, *diagonal = ctx.saved_tensors
+        q, k, v, out, lse, *diagonal = ctx.saved_tensors
         keys, values = diagonal[: ctx.num_steps], diagonal[ctx.num_steps :]
-        grad = grad.contiguous()
+        grad = _in_layout(grad)
         grad_q, grad_k, grad_v = _flash_backward(grad, q, k, v, out, lse, ctx.extra)
-        if not ctx.num_steps:
-            return grad_q, grad_k, grad_v
-        accurate = weights_JBNT.dtype
-        scale = 1.0 / math.sqrt(q.shape[-1])
-        accurate_q, accurate_grad = q.to(accurate), grad.to(accurate)
-        delta = (accurate_grad * out.to(accurate)).sum(-1)
-        grad_q = grad_q.to(accurate)
-        grad_keys, grad_values = [], []
-        for weight, key, value in zip(weights_JBNT, keys, values, strict=True):
-            grad_score = weight * ((grad * value).sum(-1, dtype=accurate) - delta) * scale
-            grad_q = grad_q.addcmul(grad_score.unsqueeze(-1), key.to(accurate))
-            grad_keys.append((grad_score.unsqueeze(-1) * accurate_q).to(key.dtype))
-            grad_values.append((weight.unsqueeze(-1) * accurate_grad).to(value.dtype))
-        return grad_q.to(q.dtype), grad_k, grad_v, *grad_keys, *grad_values
+        grad_q, grad_keys, grad_values = diagonal_gradients(grad, q, out, lse, keys, values, grad_q)
+        return grad_q, grad_k, grad_v, *grad_keys, *grad_values
+
+
+def _in_layout(x_BNTD: torch.Tensor) -> torch.Tensor:
+    """A view of BTND, the flash kernels' own layout; copied only where it is none."""
+    return x_BNTD.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:

@@ -8,14 +8,17 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
+from vllm_eagle3.ops import rotate_halves
 from vllm_eagle3.train.head_config import HeadConfig
+from vllm_eagle3.train.norms import rms_norm
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 and returned in the dtype of x."""
+    """x / rms(x) * weight, in the dtype of x; sums are float32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -23,9 +26,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        accurate = torch.promote_types(x.dtype, torch.float32)
-        weight = self.weight.to(accurate)
-        return F.rms_norm(x.to(accurate), weight.shape, weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -44,17 +45,19 @@ class SelfAttention(nn.Module):
         self.rope_theta = config.rope_theta
 
     def forward(self, x: torch.Tensor, positions_BT: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """``attend`` takes q, k, v as BNTD, keys and values repeated to the query heads."""
+        """``attend`` takes q, k, v as BNTD, keys and values repeated to the query heads.
+
+        They are views of BTND, the layout that attention computes in.
+        """
 
         def heads(projected: torch.Tensor) -> torch.Tensor:
-            return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            return projected.unflatten(-1, (-1, self.head_dim))
 
-        q = heads(self.q_proj(x))
-        k = heads(self.k_proj(x))
-        v = heads(self.v_proj(x)).repeat_interleave(self.group, 1)
         cos, sin = self._rotary(positions_BT)
-        q = _rotate(q, cos, sin)
-        k = _rotate(k, cos, sin).repeat_interleave(self.group, 1)
+        q = _Rotate.apply(heads(self.q_proj(x)), cos, sin)
+        k = _Rotate.apply(heads(self.k_proj(x)), cos, sin).repeat_interleave(self.group, 2)
+        v = heads(self.v_proj(x)).repeat_interleave(self.group, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return self.o_proj(attend(q, k, v).transpose(1, 2).flatten(-2))
 
     def _rotary(self, positions_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,13 +65,21 @@ class SelfAttention(nn.Module):
         even = torch.arange(0, self.head_dim, 2, device=positions_BT.device, dtype=accurate)
         frequencies = self.rope_theta ** (-even / self.head_dim)
         angles = (positions_BT.unsqueeze(-1).to(accurate) * frequencies).repeat(1, 1, 2)
-        return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+        return angles.cos(), angles.sin()
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding with the halves of a head as the pair, as in Hugging Face's Llama."""
-    first, second = x.chunk(2, -1)
-    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+class _Rotate(torch.autograd.Function):
+    """Rotary embedding with the halves of a head as the pair; nothing is kept of x."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_BTND, cos_BTD, sin_BTD):
+        ctx.save_for_backward(cos_BTD, sin_BTD)
+        return rotate_halves(x_BTND, cos_BTD, sin_BTD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BTND):
+        return rotate_halves(grad_BTND, *ctx.saved_tensors, inverse=True), None, None
 
 
 class MLP(nn.Module):

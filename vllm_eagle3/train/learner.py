@@ -14,6 +14,7 @@ from vllm_eagle3.train.distributed import World, syncing
 from vllm_eagle3.train.features import FeatureBatch, Target, load_target
 from vllm_eagle3.train.loader import StepBatches
 from vllm_eagle3.train.model import DraftHead
+from vllm_eagle3.train.norms import fuse_norms
 from vllm_eagle3.train.objectives import OBJECTIVES, LossResult, LossSettings
 from vllm_eagle3.train.settings import TrainConfig
 from vllm_eagle3.train.vocabulary import frequent_tokens
@@ -70,6 +71,7 @@ class Learner:
         if config.shard_target and world.size == 1:
             raise ValueError("shard_target spreads the target over processes: use torchrun")
         model = load_target(target, self.dtype)
+        fuse_norms(model)
         if config.shard_target:
             world.shard_layers(model, device)
         model.to(device)

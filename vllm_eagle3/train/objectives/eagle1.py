@@ -21,31 +21,41 @@ import torch.nn.functional as F
 
 from vllm_eagle3.train.eagle1 import Eagle1Head
 from vllm_eagle3.train.objectives.cross_entropy import SharedHeadCrossEntropy
+from vllm_eagle3.train.objectives.result import LossSettings
 
 
 def feature_terms(
-    head: Eagle1Head, predicted_MH: torch.Tensor, features_MH: torch.Tensor, num_top: int = 0
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """The terms of a loss on predicted features, each a mean over the M rows.
+    head: Eagle1Head,
+    predicted_MH: torch.Tensor,
+    features_MH: torch.Tensor,
+    settings: LossSettings,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The loss on predicted features, with HASS's top-K term if ``settings`` give it a weight.
 
     Args:
         predicted_MH, features_MH: f^ and f of the same positions.
-        num_top: K of HASS's top-K distillation; 0 leaves it out.
 
     Returns:
-        ``feature`` = L_reg, ``tokens`` = L_cls and ``top_k``, unweighted; the most likely
-        token of each row, int64 [M]; whether it is the target's, bool [M].
+        the loss; what it consists of, unweighted and without gradient: ``feature`` = L_reg,
+        ``tokens`` = L_cls and ``top_k``, each a mean over the M rows; the most likely token of
+        each row, int64 [M]; whether it is the target's, bool [M].
     """
     accurate = torch.promote_types(predicted_MH.dtype, torch.float32)
     distance_MH = F.smooth_l1_loss(
         predicted_MH.to(accurate), features_MH.to(accurate), reduction="none"
     )
-    tokens, top_k, drafted_M, agree_M = SharedHeadCrossEntropy.apply(
-        predicted_MH, features_MH, head.output_matrix, num_top
-    )
     # Not mean(): no slot may count, and no NaN may come of it.
-    regression = distance_MH.mean(-1).sum() / max(1, len(features_MH))
-    return {"feature": regression, "tokens": tokens, "top_k": top_k}, drafted_M, agree_M
+    feature = distance_MH.mean(-1).sum() / max(1, len(features_MH))
+    weighted, tokens, top_k, drafted_M, agree_M = SharedHeadCrossEntropy.apply(
+        predicted_MH,
+        features_MH,
+        head.output_matrix,
+        settings.token_weight,
+        settings.top_k_weight,
+        settings.top_k if settings.top_k_weight else 0,
+    )
+    parts = {"feature": feature.detach(), "tokens": tokens, "top_k": top_k}
+    return feature + weighted, parts, drafted_M, agree_M
 
 
 def noisy(features_BTH: torch.Tensor, half_width: float) -> torch.Tensor:

@@ -25,7 +25,6 @@ V draft vocabulary.
 """
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from vllm_eagle3.train.features import TTTBatch
 from vllm_eagle3.train.model import Eagle3Head
@@ -55,7 +54,7 @@ def ttt_loss(head: Eagle3Head, batch: TTTBatch, settings: LossSettings) -> LossR
     matrix_VH = head.lm_head.weight
     # All steps at once, so that there is one gradient of the output matrix and not K.
     loss, losses_M, drafted_M, agree_M = LinearSoftCrossEntropy.apply(
-        _normed(head, torch.cat(outs), settings),
+        head.norm(torch.cat(outs)),
         matrix_VH if torch.is_grad_enabled() else matrix_VH.detach(),
         batch.target_logits_BTV.flatten(0, 1),
         torch.cat(rows),
@@ -76,10 +75,3 @@ def ttt_loss(head: Eagle3Head, batch: TTTBatch, settings: LossSettings) -> LossR
         accuracy_K=torch.stack(accuracies).float(),
         accepted_K=torch.stack(accepted).float(),
     )
-
-
-def _normed(head: Eagle3Head, out_MH: torch.Tensor, settings: LossSettings) -> torch.Tensor:
-    """The rows before the output matrix; what the norm keeps is three times their size."""
-    if settings.recompute and torch.is_grad_enabled():
-        return checkpoint(head.norm, out_MH, use_reentrant=False, preserve_rng_state=False)
-    return head.norm(out_MH)

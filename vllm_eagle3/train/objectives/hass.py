@@ -51,17 +51,13 @@ def aligned_loss(head: Eagle1Head, batch: FeatureBatch, settings: LossSettings) 
     for step, slots_M in enumerate(slots):
         out_BTH = run_step(taken_BTH)
         taken_BTH = out_BTH.detach()
-        terms, drafted_M, agree_M = feature_terms(
+        loss, terms, drafted_M, agree_M = feature_terms(
             head,
             out_BTH.flatten(0, 1).index_select(0, slots_M),
-            features_PH[slots_M + 1 + step],
-            settings.top_k if settings.top_k_weight else 0,
+            features_PH.index_select(0, slots_M + 1 + step),
+            settings,
         )
-        losses.append(
-            terms["feature"]
-            + settings.token_weight * terms["tokens"]
-            + settings.top_k_weight * terms["top_k"]
-        )
+        losses.append(loss)
         parts.append(terms)
         accuracies.append(agree_M.sum() / max(1, len(slots_M)))
         accepted.append(chain.share(step, slots_M, drafted_M))
@@ -70,8 +66,5 @@ def aligned_loss(head: Eagle1Head, batch: FeatureBatch, settings: LossSettings) 
         losses_K=torch.stack(losses).detach().float(),
         accuracy_K=torch.stack(accuracies).float(),
         accepted_K=torch.stack(accepted).float(),
-        parts={
-            name: torch.stack([terms[name] for terms in parts]).detach().float()
-            for name in parts[0]
-        },
+        parts={name: torch.stack([terms[name] for terms in parts]).float() for name in parts[0]},
     )

@@ -67,6 +67,6 @@ class LossResult:
 
 def weighted(losses: Sequence[torch.Tensor], counts: Sequence[int], decay: float) -> torch.Tensor:
     """sum over k of decay^k (counts_k / counts_0) loss_k; decay 0 leaves the first."""
-    losses_K = torch.stack(tuple(losses))
-    weights = [decay**step * count / max(1, counts[0]) for step, count in enumerate(counts)]
-    return (losses_K * losses_K.new_tensor(weights)).sum()
+    # Plain numbers: a tensor of them would have to be copied to a GPU, for which the host waits.
+    weights = (decay**step * count / max(1, counts[0]) for step, count in enumerate(counts))
+    return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum()
