@@ -1,6 +1,9 @@
 """Tile sizes, grids, splits and scales that the kernels of tree attention share."""
 
+import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,23 +40,9 @@ class Splits(NamedTuple):
 
 def tile_sizes(
     out_THD: torch.Tensor, tree_key_SHD: torch.Tensor, max_query_len: int, max_tree_len: int
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """The constants of a kernel that walks over a prefix."""
-    head_dim = out_THD.shape[2]
-    group = out_THD.shape[1] // tree_key_SHD.shape[1]
-    wide = out_THD.dtype == torch.float32
-    packed = max_query_len * group
-    tallest = 64 if head_dim <= 128 and not wide else 32
-    # Two tiles of 64 rows become one where that pads no further: keys are read once.
-    tall = tallest == 64 and (packed % 128 == 0 or packed % 128 > 64)
-    return {
-        **_constants(out_THD, tree_key_SHD),
-        "BLOCK_M": 128 if tall else _clamp(packed, tallest),
-        # Two sizes at most: each compiles anew, and the levels of a draft are all sizes.
-        "BLOCK_S": _clamp(max(max_tree_len, 32), keys_per_step(out_THD)),
-        "num_warps": 8 if wide or tall else 4,
-        "num_stages": 3 if _deep_pipeline(out_THD) else 2,
-    }
+    return _tile_sizes(_heads(out_THD, tree_key_SHD), max_query_len, max_tree_len)
 
 
 def finish_sizes(
@@ -62,28 +51,67 @@ def finish_sizes(
     max_query_len: int,
     max_tree_len: int,
     batch: int,
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """The constants of the kernel that only meets the tree: tiles small enough for all SMs."""
-    sizes = tile_sizes(out_THD, tree_key_SHD, max_query_len, max_tree_len)
+    heads = _heads(out_THD, tree_key_SHD)
+    return _finish_sizes(heads, max_query_len, max_tree_len, batch)
+
+
+class _Heads(NamedTuple):
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _heads(out_THD: torch.Tensor, tree_key_SHD: torch.Tensor) -> _Heads:
+    _, num_heads, head_dim = out_THD.shape
+    return _Heads(num_heads, tree_key_SHD.shape[1], head_dim, out_THD.dtype, out_THD.device)
+
+
+# Every layer asks, in steps that replay no graph of it.
+@functools.lru_cache(maxsize=4096)
+def _tile_sizes(heads: _Heads, max_query_len: int, max_tree_len: int) -> Mapping[str, Any]:
+    wide = heads.dtype == torch.float32
+    packed = max_query_len * (heads.num_heads // heads.num_kv_heads)
+    tallest = 64 if heads.head_dim <= 128 and not wide else 32
+    # Two tiles of 64 rows become one where that pads no further: keys are read once.
+    tall = tallest == 64 and (packed % 128 == 0 or packed % 128 > 64)
+    sizes = {
+        **_constants(heads),
+        "BLOCK_M": 128 if tall else _clamp(packed, tallest),
+        # Two sizes at most: each compiles anew, and the levels of a draft are all sizes.
+        "BLOCK_S": _clamp(max(max_tree_len, 32), _keys_per_step(heads.head_dim, heads.dtype)),
+        "num_warps": 8 if wide or tall else 4,
+        "num_stages": 3 if _deep_pipeline(heads) else 2,
+    }
+    return MappingProxyType(sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _finish_sizes(
+    heads: _Heads, max_query_len: int, max_tree_len: int, batch: int
+) -> Mapping[str, Any]:
+    sizes = dict(_tile_sizes(heads, max_query_len, max_tree_len))
     packed = max_query_len * sizes["GROUP"]
     block = min(sizes["BLOCK_M"], 64)
-    programs = batch * tree_key_SHD.shape[1]
-    while block > 16 and triton.cdiv(packed, block) * programs < num_sms(out_THD.device):
+    programs = batch * heads.num_kv_heads
+    while block > 16 and triton.cdiv(packed, block) * programs < num_sms(heads.device):
         block //= 2
-    warps = 8 if out_THD.dtype == torch.float32 else 4
-    return sizes | {"BLOCK_M": block, "num_warps": warps, "num_stages": 1}
+    warps = 8 if heads.dtype == torch.float32 else 4
+    return MappingProxyType(sizes | {"BLOCK_M": block, "num_warps": warps, "num_stages": 1})
 
 
-def _constants(out_THD: torch.Tensor, tree_key_SHD: torch.Tensor) -> dict[str, Any]:
-    head_dim, dtype = out_THD.shape[2], out_THD.dtype
+def _constants(heads: _Heads) -> dict[str, Any]:
     # The interpreter multiplies bfloat16 as the integers it keeps.
-    wide = interpreted() and dtype == torch.bfloat16
+    wide = interpreted() and heads.dtype == torch.bfloat16
     return {
-        "GROUP": out_THD.shape[1] // tree_key_SHD.shape[1],
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "TYPE": _TYPES[dtype],
-        "DOT": tl.float32 if wide else _TYPES[dtype],
+        "GROUP": heads.num_heads // heads.num_kv_heads,
+        "HEAD_DIM": heads.head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(heads.head_dim)),
+        "TYPE": _TYPES[heads.dtype],
+        "DOT": tl.float32 if wide else _TYPES[heads.dtype],
         # float32 means float32: TF32 would cost the identity with plain decoding.
         "PRECISION": "ieee",
     }
@@ -91,8 +119,12 @@ def _constants(out_THD: torch.Tensor, tree_key_SHD: torch.Tensor) -> dict[str, A
 
 def keys_per_step(out_THD: torch.Tensor) -> int:
     """Keys of one step: as many as leave room for two stages in shared memory."""
-    block = 64 if out_THD.shape[2] <= 128 else 32
-    return block // 2 if out_THD.dtype == torch.float32 else block
+    return _keys_per_step(out_THD.shape[2], out_THD.dtype)
+
+
+def _keys_per_step(head_dim: int, dtype: torch.dtype) -> int:
+    block = 64 if head_dim <= 128 else 32
+    return block // 2 if dtype == torch.float32 else block
 
 
 def _clamp(size: int, largest: int) -> int:
@@ -102,7 +134,7 @@ def _clamp(size: int, largest: int) -> int:
 
 def split_prefixes(
     out_THD: torch.Tensor,
-    sizes: dict[str, Any],
+    sizes: Mapping[str, Any],
     max_query_len: int,
     batch: int,
     num_kv_heads: int,
@@ -123,15 +155,14 @@ def split_prefixes(
     return Splits(min(wanted, most, useful, _MAX_SPLITS), busy, _LEAST_KEYS, _MOST_KEYS)
 
 
-def _deep_pipeline(out_THD: torch.Tensor) -> bool:
+def _deep_pipeline(heads: _Heads) -> bool:
     """Whether three stages of keys and values and a tile of 128 rows fit beside each other.
 
     Two fit into every GPU since Ampere; with three, the next keys travel while a step computes.
     """
-    padded = triton.next_power_of_2(out_THD.shape[2])
-    row_bytes = padded * out_THD.element_size()
-    needed = (128 + 3 * 2 * keys_per_step(out_THD)) * row_bytes + 4096
-    return needed <= shared_memory(out_THD.device)
+    row_bytes = triton.next_power_of_2(heads.head_dim) * heads.dtype.itemsize
+    needed = (128 + 3 * 2 * _keys_per_step(heads.head_dim, heads.dtype)) * row_bytes + 4096
+    return needed <= shared_memory(heads.device)
 
 
 def score_scales(scale: float, softcap: float) -> tuple[float, float]:
