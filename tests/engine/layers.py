@@ -8,7 +8,7 @@ import torch
 from tests.ops.setups import DEVICE, NAN, Attention
 from tests.ops.test_tree_attention_fp8 import K_SCALE, Q_SCALE, V_SCALE, cached, quantised
 from vllm_eagle3.engine import attention
-from vllm_eagle3.engine.tree_batch import TreeRows
+from vllm_eagle3.engine.tree_rows import TreeRows
 
 MAX_MODEL_LEN = 512
 GPU = SimpleNamespace(is_cuda=lambda: True, has_device_capability=lambda capability: True)

@@ -19,7 +19,8 @@ from vllm_eagle3.engine.compat import (
     CommonAttentionMetadata,
 )
 from vllm_eagle3.engine.support import E4M3_CACHES, check_layer
-from vllm_eagle3.engine.tree_batch import TreeBatch, TreeRows
+from vllm_eagle3.engine.tree_batch import TreeBatch
+from vllm_eagle3.engine.tree_rows import TreeRows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

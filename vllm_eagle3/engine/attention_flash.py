@@ -21,7 +21,7 @@ from vllm_eagle3.engine.compat import (
     flash_attn_varlen_func,
     get_scheduler_metadata,
 )
-from vllm_eagle3.engine.tree_batch import TreeRows
+from vllm_eagle3.engine.tree_rows import TreeRows
 from vllm_eagle3.ops.device import num_sms
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 
 from vllm_eagle3 import ops
 from vllm_eagle3.config import TreeConfig
-from vllm_eagle3.engine.tree_batch import TreeRows
+from vllm_eagle3.engine.tree_rows import TreeRows
 from vllm_eagle3.tree.types import GrowthBuffers
 
 
