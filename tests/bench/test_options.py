@@ -85,3 +85,19 @@ def test_options_are_recorded_as_json_can_hold_them():
         "one_size": False,
         "engine": {"seed": 1},
     }
+
+
+@pytest.mark.parametrize("command", ["eval", "bench acceptance", "bench speed", "bench serving"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--temperature -1", "-1 is no temperature"),
+        ("--temperature nan", "nan is no temperature"),
+        ("--dtype fp7", "choose from"),
+    ],
+)
+def test_what_no_engine_takes_is_refused_at_once(command, given, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*command.split(), *given.split()])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err

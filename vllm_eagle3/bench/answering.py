@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_eagle3.bench.configurations import PLAIN, Configuration
 from vllm_eagle3.bench.jobs import WorkerError, run_worker
-from vllm_eagle3.bench.options import MEMORY_SHARE, check_positive
+from vllm_eagle3.bench.options import MEMORY_SHARE, add_dtype, check_positive, temperature
 from vllm_eagle3.bench.questions import Question
 from vllm_eagle3.bench.results import Run
 
@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare which questions are answered how."""
     add = parser.add_argument
     add("--limit", type=int, help="only the first so many questions of each set")
-    add("--temperature", nargs="+", type=float, default=[0.0, 1.0])
+    add("--temperature", nargs="+", type=temperature, default=[0.0, 1.0])
     add("--max-tokens", type=int, default=512, help="longest answer of a turn")
     add("--seed", type=int, default=0)
-    add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
+    add_dtype(parser)
     add("--max-model-len", type=int, default=2048)
     add("--max-num-seqs", type=int, default=64, help="requests in a batch")
     add("--enforce-eager", action="store_true", help="start sooner, without CUDA graphs")

@@ -28,11 +28,13 @@ from vllm_eagle3.bench.options import (
     MEMORY_SHARE,
     add_configurations,
     add_data,
+    add_dtype,
     add_pair,
     check_positive,
     json_object,
     recorded,
     select,
+    temperature,
 )
 from vllm_eagle3.bench.output import write_results
 from vllm_eagle3.bench.pair import check_pair
@@ -63,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-prompts", type=int, default=30, help="and at least so many in all")
     add("--repeats", type=int, default=3, help="runs of the same chats; figures are medians")
     add("--max-tokens", type=int, default=128, help="tokens of every answer")
-    add("--temperature", type=float, default=0.0)
-    add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
+    add("--temperature", type=temperature, default=0.0)
+    add_dtype(parser)
     add("--max-model-len", type=int, default=1024)
     add("--servers-at-once", type=int, default=4, help="alive side by side; one is busy")
     add("--serve", type=json_object, default={}, help="further options of vllm serve, JSON object")

@@ -16,10 +16,12 @@ from vllm_eagle3.bench.configurations import check_plugin
 from vllm_eagle3.bench.options import (
     add_configurations,
     add_data,
+    add_dtype,
     add_pair,
     check_positive,
     json_object,
     select,
+    temperature,
 )
 from vllm_eagle3.bench.pair import check_context, check_pair
 from vllm_eagle3.bench.questions import load_questions
@@ -36,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configurations(parser, [1, 3, 5, 7], ["31", "63"])
     add("--no-plain", action="store_true", help="leave plain decoding out")
     add("--batch", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="batch sizes")
-    add("--temperature", nargs="+", type=float, default=[0.0, 1.0])
+    add("--temperature", nargs="+", type=temperature, default=[0.0, 1.0])
     add("--repeats", type=int, default=10)
     add("--max-tokens", type=int, default=96, help="tokens of every output")
     add("--prompts-per-repeat", type=int, default=3, help="at least; in batches of full size")
     add("--max-prompt", type=int, default=256, help="leave longer prompts out (tokens)")
     add("--seed", type=int, default=0)
-    add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
+    add_dtype(parser)
     add("--engines-at-once", type=int, default=6, help="more go in rounds, with anchors")
     add("--max-num-batched-tokens", type=int, default=8192)
     add("--enforce-eager", action="store_true", help="without CUDA graphs: no fair comparison")
