@@ -21,7 +21,7 @@ from vllm_eagle3.bench import answering, evaluate_report
 from vllm_eagle3.bench.configurations import check_plugin
 from vllm_eagle3.bench.evaluate_results import merge
 from vllm_eagle3.bench.options import add_configurations, add_data, add_pair, select
-from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.output import make_log_folder, write_results
 from vllm_eagle3.bench.pair import check_pair, check_prediction
 from vllm_eagle3.bench.prediction import Prediction, predict
 from vllm_eagle3.bench.questions import load_questions
@@ -61,9 +61,7 @@ def run(args: argparse.Namespace) -> int:
     questions = load_questions(args.data, args.limit)
     if not args.no_prediction:
         check_prediction(args)
-    log_dir = args.output.with_suffix(".logs")
-    log_dir.mkdir(parents=True, exist_ok=True)
-
+    log_dir = make_log_folder(args.output)
     runs = answering.answer(args, configurations, questions, log_dir)
     if args.no_prediction:
         prediction = Prediction()

@@ -23,7 +23,7 @@ from vllm_eagle3.bench.options import (
     json_object,
     select,
 )
-from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.output import make_log_folder, write_results
 from vllm_eagle3.bench.pair import check_pair
 
 
@@ -52,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
     check_positive(args, "max_num_seqs", "max_num_batched_tokens", "max_model_len")
     check_pair(args, configurations, args.max_model_len)
     check_plugin(configurations)
-    folder = args.output.with_suffix(".logs")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_log_folder(args.output)
     settings = {
         "model": args.target,
         "dtype": None,

@@ -24,6 +24,18 @@ def write_results(path: Path, data: dict[str, Any], text: str) -> None:
     write_tables(path, text)
 
 
+def make_log_folder(path: Path) -> Path:
+    """Make the folder for logs beside the results in ``path``, with the suffix ``.logs``.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    folder = path.with_suffix(".logs")
+    with writing(path, _REMEDY):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def write_tables(path: Path, text: str) -> None:
     """Write ``text`` alone, beside the results in ``path``; raises as :func:`write_results`."""
     _write(path.with_suffix(".md"), text)

@@ -36,7 +36,7 @@ from vllm_eagle3.bench.options import (
     select,
     temperature,
 )
-from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.output import make_log_folder, write_results
 from vllm_eagle3.bench.pair import check_pair
 from vllm_eagle3.bench.questions import Question, load_questions
 from vllm_eagle3.bench.schedule import rotation, take_turns
@@ -87,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
     check_plugin(configurations)
     check_positive(args, "servers_at_once", "prompts", "repeats", "max_tokens")
     check_positive(args, "max_model_len", "concurrency")
-    folder = args.output.with_suffix(".logs")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_log_folder(args.output)
     chats = _mixed(load_questions(args.data))
     write_dataset([question.turns[0] for question in chats], folder / "chats.json")
 

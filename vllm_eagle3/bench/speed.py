@@ -23,6 +23,7 @@ from vllm_eagle3.bench.options import (
     select,
     temperature,
 )
+from vllm_eagle3.bench.output import make_log_folder
 from vllm_eagle3.bench.pair import check_context, check_pair
 from vllm_eagle3.bench.questions import load_questions
 from vllm_eagle3.bench.schedule import Cell, make_prompts
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = make_prompts(load_tokenizer(args.target), questions, args.max_prompt, args.seed)
     settings = Settings.from_arguments(args, prompts, configurations)
     check_context(args.target, settings.engine["max_model_len"], "--max-prompt or --max-tokens")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    make_log_folder(args.output)
     results = SpeedResults.create(args, configurations, prompts)
     comparison = Comparison(settings, configurations, prompts, results)
     comparison.run([Cell(batch, t) for batch in args.batch for t in args.temperature])

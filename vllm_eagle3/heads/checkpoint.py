@@ -50,7 +50,12 @@ class Checkpoint:
         """
         root = Path(path).expanduser()
         if not root.is_dir():
-            raise ValueError(f"{path}: no such directory (a head is given as a local directory)")
+            remedy = "give the folder of a head"
+            if len(root.parts) == 2 and not root.is_absolute():
+                remedy += (
+                    f"; one of this name is downloaded by `hf download {path} --local-dir DIR`"
+                )
+            raise ValueError(f"{path}: no such directory: {remedy}")
         config = read_config(root)
         files = safetensors_files(root) or pickled_files(root)
         if not files:
