@@ -1,10 +1,12 @@
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from vllm_eagle3 import cli
+from vllm_eagle3.bench import acceptance, evaluate, memory, serving, speed
 from vllm_eagle3.bench.options import (
     add_configurations,
     check_positive,
@@ -85,6 +87,26 @@ def test_options_are_recorded_as_json_can_hold_them():
         "one_size": False,
         "engine": {"seed": 1},
     }
+
+
+@pytest.mark.parametrize("module", [acceptance, evaluate, memory, serving, speed])
+def test_help_shows_every_default(module):
+    parser = argparse.ArgumentParser(prog="bench")
+    module.add_arguments(parser)
+    given = ["--target", "t", "--head", "h", "--output", "o"]
+    shown = parser.format_help().split("options:")[1]
+    texts = dict(re.findall(r"\n  (--[\w-]+)(.*?)(?=\n  --|\Z)", shown, re.DOTALL))
+    for name, value in vars(parser.parse_args(given)).items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool) or option in given:  # switches are off
+            continue
+        values = value if isinstance(value, list) else [value]
+        default = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+        found = " ".join(texts[option].split())
+        if value in (None, [], {}) or option == "--data":
+            assert found.endswith(")"), option
+        else:
+            assert found.endswith((f"({default})", f"({value})", f"(default: {default})")), option
 
 
 @pytest.mark.parametrize("command", ["eval", "bench acceptance", "bench speed", "bench serving"])

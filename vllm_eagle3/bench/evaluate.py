@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configurations(parser, _CHAINS, _TREES, one_size=True)
     answering.add_arguments(parser)
     add("--no-prediction", action="store_true", help="served figures only")
-    add("--prediction-timeout", type=float, help="seconds for the prediction (default: no limit)")
+    add("--prediction-timeout", type=float, help="seconds for the prediction (no limit)")
     add(
         "--output",
         type=Path,

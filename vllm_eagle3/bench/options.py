@@ -76,6 +76,28 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_engine_args(parser: argparse.ArgumentParser) -> None:
+    """Declare what else vLLM's engines are given; ``args.engine``."""
+    parser.add_argument(
+        "--engine",
+        "--engine-args",
+        type=json_object,
+        default={},
+        help="further arguments of LLM, a JSON object (none)",
+    )
+
+
+def add_temperatures(parser: argparse.ArgumentParser) -> None:
+    """Declare the temperatures at which everything is measured."""
+    parser.add_argument(
+        "--temperature",
+        nargs="+",
+        type=temperature,
+        default=[0.0, 1.0],
+        help="of sampling, each measured in turn; 0 is greedy (0 1)",
+    )
+
+
 def temperature(text: str) -> float:
     """The type of an option that is a temperature; 0 is greedy."""
     value = float(text)
