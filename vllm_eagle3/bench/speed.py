@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-prompt", type=int, default=256, help="tokens; longer ones are left out (%(default)s)"
     )
-    add("--seed", type=int, default=0, help="of sampling and of the prompts' order (%(default)s)")
+    add("--seed", type=int, default=0, help="of sampling (%(default)s)")
     add_dtype(parser)
     add(
         "--engines-at-once",
