@@ -90,7 +90,7 @@ def test_a_defect_keeps_its_traceback(command, error):
 def test_a_missing_package_names_the_extra(command, capsys):
     command(ModuleNotFoundError("No module named 'gguf'", name="gguf"))
     assert cli.main(["convert-smollm2"]) == 2
-    assert "pip install 'vllm-eagle3[demo]'" in capsys.readouterr().err
+    assert "pip install '.[demo]' in a checkout" in capsys.readouterr().err
 
 
 def test_a_missing_module_of_our_own_is_a_defect(command):

@@ -165,7 +165,8 @@ def _naming_extra(extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if not extra or (error.name or "").startswith("vllm_eagle3"):
             raise
-        raise ValueError(f"{error}: pip install 'vllm-eagle3[{extra}]'") from error
+        remedy = f"run pip install '.[{extra}]' in a checkout of the repository"
+        raise ValueError(f"{error}: {remedy}") from error
 
 
 def _of_path(error: OSError) -> str:

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from vllm_eagle3 import cli
-from vllm_eagle3.bench import acceptance, evaluate, memory, serving, speed
+from vllm_eagle3.bench import (
+    acceptance,
+    attention,
+    evaluate,
+    heads,
+    memory,
+    plot,
+    serving,
+    speed,
+    train,
+)
 from vllm_eagle3.bench.options import (
     add_configurations,
     check_positive,
@@ -123,3 +133,30 @@ def test_what_no_engine_takes_is_refused_at_once(command, given, message, capsys
         cli.main([*command.split(), *given.split()])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "given"),
+    [
+        *((module, "--target t --head h") for module in (acceptance, evaluate, memory)),
+        *((module, "--target t --head h") for module in (serving, speed)),
+        *((module, "r.json") for module in (heads, plot)),
+        (attention, ""),
+        (train, "--target t --data d"),
+    ],
+)
+def test_the_results_go_where_out_or_output_says(module, given):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    module.add_arguments(parser)
+    for option in ("--out", "--output"):
+        args = parser.parse_args([*given.split(), option, "o.json"])
+        assert args.output == Path("o.json")
+
+
+@pytest.mark.parametrize("module", [memory, speed])
+def test_further_arguments_of_the_engine_have_two_names(module):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    module.add_arguments(parser)
+    for option in ("--engine", "--engine-args"):
+        given = ["--target", "t", "--head", "h", "--out", "o", option, '{"seed": 1}']
+        assert parser.parse_args(given).engine == {"seed": 1}

@@ -28,7 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configurations(parser, [3, 5, 7], ["8", "16", "32", "60"], one_size=True)
     add("--no-plain", action="store_true", help="no plain decoding, so no check of identity")
     answering.add_arguments(parser)
-    add("--output", type=Path, required=True, help="JSON file; the tables go beside it (.md)")
+    add(
+        "--output",
+        "--out",
+        type=Path,
+        required=True,
+        help="JSON file; the tables go beside it (.md)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from vllm_eagle3.bench import answering, evaluate_report
 from vllm_eagle3.bench.configurations import check_plugin
 from vllm_eagle3.bench.evaluate_results import merge
 from vllm_eagle3.bench.options import add_configurations, add_data, add_pair, select
-from vllm_eagle3.bench.output import make_log_folder, write_results
+from vllm_eagle3.bench.output import PLOTS_REMEDY, make_log_folder, write_results
 from vllm_eagle3.bench.pair import check_pair, check_prediction
 from vllm_eagle3.bench.prediction import Prediction, predict
 from vllm_eagle3.bench.questions import load_questions
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prediction-timeout", type=float, help="seconds for the prediction (no limit)")
     add(
         "--output",
+        "--out",
         type=Path,
         default=Path("eval.json"),
         help="JSON file; tables (.md) and plots (.png) go beside it (default: eval.json)",
@@ -76,5 +77,5 @@ def run(args: argparse.Namespace) -> int:
 
         evaluate_plots.write(results, args.output)
     except ModuleNotFoundError as error:
-        print(f"vllm-eagle3: no plots, {error}: pip install 'vllm-eagle3[bench]'", file=sys.stderr)
+        print(f"vllm-eagle3: no plots, {error}: {PLOTS_REMEDY}", file=sys.stderr)
     return 1 if prediction.error or any(run.error for run in runs) else 0

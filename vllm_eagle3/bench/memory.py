@@ -46,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=400,
         help="seconds for the start of one engine (%(default)s)",
     )
-    add("--output", type=Path, required=True, help="JSON file; the table goes beside it (.md)")
+    add(
+        "--output",
+        "--out",
+        type=Path,
+        required=True,
+        help="JSON file; the table goes beside it (.md)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from vllm_eagle3.files import replacing, writing
 
 _REMEDY = "free some space, or name another --output, and run the command again"
+PLOTS_REMEDY = "run pip install '.[bench]' in a checkout of the repository"
 
 
 def write_results(path: Path, data: dict[str, Any], text: str) -> None:

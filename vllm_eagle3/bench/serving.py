@@ -102,7 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--timeout", type=float, default=300, help="seconds for one run of the client (%(default)s)"
     )
-    add("--output", type=Path, required=True, help="JSON file; the table goes beside it (.md)")
+    add(
+        "--output",
+        "--out",
+        type=Path,
+        required=True,
+        help="JSON file; the table goes beside it (.md)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

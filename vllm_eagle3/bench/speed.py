@@ -83,7 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--timeout", type=float, default=180, help="seconds for one measurement (%(default)s)")
     add("--time-budget", type=float, help="seconds after which no repeat is begun (no limit)")
-    add("--output", type=Path, required=True, help="JSON file; tables and plots go beside it")
+    add(
+        "--output",
+        "--out",
+        type=Path,
+        required=True,
+        help="JSON file; tables and plots go beside it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
