@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     for write in (lambda: write_results(path, {}, ""), lambda: make_log_folder(path)):
         with pytest.raises(ValueError, match=r"file/r.json could not be written .*another --out"):
             write()
+
+
+@pytest.mark.parametrize("folder", [".", "results"])
+def test_results_need_a_file_of_their_own(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    with pytest.raises(ValueError, match=rf"--output {folder} is a folder: name a JSON file"):
+        make_log_folder(Path(folder))
 
 
 def test_what_json_cannot_hold_leaves_the_files_as_they_were(tmp_path):

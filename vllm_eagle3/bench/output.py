@@ -29,8 +29,10 @@ def make_log_folder(path: Path) -> Path:
     """Make the folder for logs beside the results in ``path``, with the suffix ``.logs``.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: it cannot be made, or ``path`` is a folder.
     """
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder: name a JSON file in it")
     folder = path.with_suffix(".logs")
     with writing(path, _REMEDY):
         folder.mkdir(parents=True, exist_ok=True)
