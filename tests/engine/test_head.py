@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.engine import tiny
 from tests.engine.engines import tree
+from tests.engine.naive_head import write_head
 from tests.engine.test_activation import configure
 from vllm_eagle3.engine import head
+from vllm_eagle3.train.objectives import OBJECTIVES
 
 CONFIG = tiny.head_config()
 
@@ -90,3 +93,19 @@ def test_the_config_tells_of_a_head_that_is_not_here(pair, tmp_path, monkeypatch
         serve(pair, path)
     fits = write_pickled(tmp_path / "fits", {}, config | CONFIG | {"target_hidden_size": 128})
     serve(pair, fits)
+
+
+def test_a_pickled_eagle_1_head(pair, tmp_path, monkeypatch):
+    """By its files and, as if it were yet to be downloaded, by its config."""
+    write_head(tmp_path / "saved", pair.target, OBJECTIVES["eagle1"])
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    weights = load_file(tmp_path / "saved" / "model.safetensors")
+    path = write_pickled(tmp_path / "head", weights, config)
+    with pytest.raises(ValueError, match='set "method": "eagle" in the speculative config'):
+        serve(pair, path)
+    serve(pair, path, method="eagle")
+    other = write_pickled(tmp_path / "other", weights, config | {"vocab_size": 640})
+    monkeypatch.setattr(head, "check_files", lambda path, method: None)
+    serve(pair, path, method="eagle")
+    with pytest.raises(ValueError, match=r"vocabulary of 640 tokens, .*has 512"):
+        serve(pair, other, method="eagle")
