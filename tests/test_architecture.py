@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "data": {"corpus", "files"},
     "tree": {"config", "paths"},
     "ops": {"config", "tree"},
-    "heads": {"config"},
+    "heads": {"config", "files"},
     "engine": {"config", "corpus", "data", "heads", "tree", "ops"},
     "train": {"config", "corpus", "data", "files", "heads", "ops", "tree"},
 }

@@ -48,16 +48,49 @@ def test_a_mistake_ends_in_one_line(command, capsys, error):
     assert capsys.readouterr().err == f"vllm-eagle3: {error}\n"
 
 
-def test_a_defect_keeps_its_traceback(command):
-    command(AssertionError("internal"))
-    with pytest.raises(AssertionError):
+@pytest.mark.parametrize(
+    "kind", [FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError]
+)
+def test_a_path_that_is_refused_ends_in_one_line(command, capsys, kind):
+    command(kind(1, "Refused", "out/x"))
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == "vllm-eagle3: Refused: out/x\n"
+
+
+def test_a_missing_file_is_named(command, capsys):
+    command(FileNotFoundError(2, "No such file or directory", "out/x"))
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "vllm-eagle3: No such file or directory: out/x\n"
+
+
+def test_what_goes_wrong_while_arguments_are_read_ends_in_one_line(monkeypatch, capsys):
+    missing = ModuleNotFoundError("No module named 'gguf'", name="gguf")
+    for error, message in ((ValueError("bad option"), "bad option"), (missing, "[demo]")):
+
+        def add_arguments(parser, error=error):
+            raise error
+
+        module = SimpleNamespace(add_arguments=add_arguments)
+        monkeypatch.setattr(cli, "import_module", lambda name, module=module: module)
+        assert cli.main(["convert-smollm2"]) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError("internal"), PermissionError("no path"), OSError(5, "I/O", "x")]
+)
+def test_a_defect_keeps_its_traceback(command, error):
+    command(error)
+    with pytest.raises(type(error)):
         cli.main(["doctor"])
 
 
 def test_a_missing_package_names_the_extra(command, capsys):
     command(ModuleNotFoundError("No module named 'gguf'", name="gguf"))
     assert cli.main(["convert-smollm2"]) == 2
-    assert "pip install 'vllm-eagle3[demo]'" in capsys.readouterr().err
+    assert "pip install '.[demo]' in a checkout" in capsys.readouterr().err
 
 
 def test_a_missing_module_of_our_own_is_a_defect(command):

@@ -6,7 +6,8 @@ Such a module has ``add_arguments(parser)`` and ``run(args)``, which returns the
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -126,30 +127,55 @@ class _CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         if self.command is not None:
-            module = import_module(self.command.module)
-            module.add_arguments(self)
+            with _naming_extra(self.command.extra):
+                module = import_module(self.command.module)
+                module.add_arguments(self)
             self.set_defaults(run=module.run)
         return super().parse_known_args(*args, **kwargs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; what the user can mend ends in one line and exit code 2."""
-    args = _parser().parse_args(argv)
+    """Run a command line; what the user can mend ends in one line.
+
+    Returns:
+        The command's exit code; 2 for a wrong setting or a file that is missing, 1 for a path
+        that the file system refuses.
+    """
     try:
-        return args.run(args) or 0
-    except (ValueError, FileNotFoundError) as error:
+        args = _parser().parse_args(argv)
+        with _naming_extra(args.extra):
+            return args.run(args) or 0
+    except ValueError as error:
         return _fail(str(error))
-    except ModuleNotFoundError as error:
-        if not args.extra or (error.name or "").startswith("vllm_eagle3"):
+    except FileNotFoundError as error:
+        return _fail(_of_path(error))
+    except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        if error.filename is None:  # not of a path, such as one that a user has given
             raise
-        return _fail(f"{error}: pip install 'vllm-eagle3[{args.extra}]'")
+        return _fail(_of_path(error), 1)
     except KeyboardInterrupt:
         return 130
 
 
-def _fail(message: str) -> int:
+@contextmanager
+def _naming_extra(extra: str) -> Iterator[None]:
+    """Turn a missing package into a ValueError that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if not extra or (error.name or "").startswith("vllm_eagle3"):
+            raise
+        remedy = f"run pip install '.[{extra}]' in a checkout of the repository"
+        raise ValueError(f"{error}: {remedy}") from error
+
+
+def _of_path(error: OSError) -> str:
+    return str(error) if error.filename is None else f"{error.strerror}: {error.filename}"
+
+
+def _fail(message: str, code: int = 2) -> int:
     print(f"vllm-eagle3: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

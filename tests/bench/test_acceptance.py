@@ -12,7 +12,7 @@ from vllm_eagle3.bench.jobs import WorkerError
 def parse(tmp_path, *options):
     parser = argparse.ArgumentParser()
     acceptance.add_arguments(parser)
-    fixed = ["--target", "target", "--head", "head", "--output", str(tmp_path / "out" / "r.json")]
+    fixed = ["--target", "target", "--head", "o/head", "--output", str(tmp_path / "out" / "r.json")]
     return parser.parse_args([*fixed, *options])
 
 

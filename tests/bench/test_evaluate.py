@@ -12,6 +12,7 @@ from vllm_eagle3 import cli
 from vllm_eagle3.bench import answering, evaluate
 from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.prediction import Prediction
+from vllm_eagle3.config import TreeConfig
 
 
 @pytest.fixture
@@ -60,6 +61,14 @@ def test_the_users_own_questions_by_category(tmp_path, command, jobs, capsys):
     pytest.importorskip("matplotlib")
     for name in ("depth", "task", "context"):
         assert (tmp_path / "out" / f"r-{name}.png").is_file()
+
+
+def test_the_tree_is_the_one_that_is_served_unless_told_otherwise(command, jobs):
+    assert cli.main([*command, "--no-prediction"]) == 0
+    served = TreeConfig.from_dict(True, None)
+    drafts, shape = served.num_speculative_tokens, served.to_dict() | {"verify_budget": None}
+    assert jobs[f"tree-{drafts}"]["num_speculative_tokens"] == drafts
+    assert TreeConfig.from_dict(jobs[f"tree-{drafts}"]["tree"], drafts).to_dict() == shape
 
 
 @pytest.mark.parametrize("options", [["--tree"], ["--tree", "60", "--no-prediction"]])

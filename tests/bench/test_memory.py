@@ -48,7 +48,7 @@ def started(monkeypatch):
 def parse(tmp_path, options):
     parser = argparse.ArgumentParser()
     memory.add_arguments(parser)
-    base = f"--target t --head h --output {tmp_path / 'm.json'}"
+    base = f"--target t --head o/h --output {tmp_path / 'm.json'}"
     return parser.parse_args(f"{base} {options}".split())
 
 

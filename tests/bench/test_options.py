@@ -1,10 +1,22 @@
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from vllm_eagle3 import cli
+from vllm_eagle3.bench import (
+    acceptance,
+    attention,
+    evaluate,
+    heads,
+    memory,
+    plot,
+    serving,
+    speed,
+    train,
+)
 from vllm_eagle3.bench.options import (
     add_configurations,
     check_positive,
@@ -85,3 +97,66 @@ def test_options_are_recorded_as_json_can_hold_them():
         "one_size": False,
         "engine": {"seed": 1},
     }
+
+
+@pytest.mark.parametrize("module", [acceptance, evaluate, memory, serving, speed])
+def test_help_shows_every_default(module):
+    parser = argparse.ArgumentParser(prog="bench")
+    module.add_arguments(parser)
+    given = ["--target", "t", "--head", "h", "--output", "o"]
+    shown = parser.format_help().split("options:")[1]
+    texts = dict(re.findall(r"\n  (--[\w-]+)(.*?)(?=\n  --|\Z)", shown, re.DOTALL))
+    for name, value in vars(parser.parse_args(given)).items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool) or option in given:  # switches are off
+            continue
+        values = value if isinstance(value, list) else [value]
+        default = " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+        found = " ".join(texts[option].split())
+        if value in (None, [], {}) or option == "--data":
+            assert found.endswith(")"), option
+        else:
+            assert found.endswith((f"({default})", f"({value})", f"(default: {default})")), option
+
+
+@pytest.mark.parametrize("command", ["eval", "bench acceptance", "bench speed", "bench serving"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--temperature -1", "-1 is no temperature"),
+        ("--temperature nan", "nan is no temperature"),
+        ("--dtype fp7", "choose from"),
+    ],
+)
+def test_what_no_engine_takes_is_refused_at_once(command, given, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*command.split(), *given.split()])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "given"),
+    [
+        *((module, "--target t --head h") for module in (acceptance, evaluate, memory)),
+        *((module, "--target t --head h") for module in (serving, speed)),
+        *((module, "r.json") for module in (heads, plot)),
+        (attention, ""),
+        (train, "--target t --data d"),
+    ],
+)
+def test_the_results_go_where_out_or_output_says(module, given):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    module.add_arguments(parser)
+    for option in ("--out", "--output"):
+        args = parser.parse_args([*given.split(), option, "o.json"])
+        assert args.output == Path("o.json")
+
+
+@pytest.mark.parametrize("module", [memory, speed])
+def test_further_arguments_of_the_engine_have_two_names(module):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    module.add_arguments(parser)
+    for option in ("--engine", "--engine-args"):
+        given = ["--target", "t", "--head", "h", "--out", "o", option, '{"seed": 1}']
+        assert parser.parse_args(given).engine == {"seed": 1}

@@ -36,6 +36,11 @@ def options(target, head):
     [
         ("somebody/target", "./nope", "--head ./nope: no such folder"),
         ("./nope", "somebody/head", "--target ./nope: no such folder"),
+        (
+            "somebody/target",
+            "nope",
+            "--head nope: no such folder (to download one, give OWNER/NAME)",
+        ),
     ],
 )
 def test_every_command_looks_for_both(tmp_path, capsys, command, target, head, message):

@@ -93,7 +93,7 @@ def test_settings_that_cannot_work_are_refused_at_once(tmp_path, monkeypatch):
         ("--repeats 0", "--repeats must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            serving.run(parse(tmp_path, f"--target t --head h {options}"))
+            serving.run(parse(tmp_path, f"--target t --head o/h {options}"))
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def asked(monkeypatch):
 def test_every_run_asks_the_first_chats_of_one_list_that_holds_all_sets(tmp_path, asked):
     parser = argparse.ArgumentParser()
     serving.add_arguments(parser)
-    base = ["--target", "t", "--head", "h", "--output", str(tmp_path / "s.json")]
+    base = ["--target", "t", "--head", "o/h", "--output", str(tmp_path / "s.json")]
     assert serving.run(parser.parse_args([*base, "--tree"])) == 0
     questions = {question.turns[0]: question for question in load_questions(PACKAGED)}
     chats = json.loads((tmp_path / "s.logs" / "chats.json").read_text())
@@ -149,7 +149,7 @@ def test_every_run_asks_the_first_chats_of_one_list_that_holds_all_sets(tmp_path
 
 
 def test_figures_are_medians_of_repeats_in_rotating_order(tmp_path, asked):
-    args = parse(tmp_path, "--target t --head h --chain 3 --tree --concurrency 2 --repeats 3")
+    args = parse(tmp_path, "--target t --head o/h --chain 3 --tree --concurrency 2 --repeats 3")
     assert serving.run(args) == 0
     order = [name for name, _ in asked]
     assert order == ["plain", "chain-3", "chain-3", "plain", "chain-3", "plain"]
@@ -166,7 +166,7 @@ def test_figures_are_medians_of_repeats_in_rotating_order(tmp_path, asked):
 
 
 def test_one_that_fails_keeps_the_figures_of_its_repeats(tmp_path, asked):
-    args = parse(tmp_path, "--target t --head h --chain 3 5 --tree --no-plain --concurrency 1 2")
+    args = parse(tmp_path, "--target t --head o/h --chain 3 5 --tree --no-plain --concurrency 1 2")
     assert serving.run(args) == 1
     text = args.output.with_suffix(".md").read_text()
     assert "| `chain-5` | 1 | 1 | 2.00 |" in text

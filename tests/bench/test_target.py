@@ -20,7 +20,7 @@ def wide(tmp_path):
 def arguments(command, target_path, tmp_path, options=""):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    base = f"--target {target_path} --head h --output {tmp_path / 'r.json'}"
+    base = f"--target {target_path} --head o/h --output {tmp_path / 'r.json'}"
     return parser.parse_args(f"{base} {options}".split())
 
 

@@ -240,3 +240,10 @@ def test_the_command(tmp_path, target, capsys):
     assert "entered 2, 5, 7 (the ids are 1, L//2-1, L-4 of 10 layers)" in capsys.readouterr().out
     assert cli.main(command) == 2
     assert "holds a checkpoint already" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_names_the_setting(tmp_path, target):
+    source = checkpoints.write(tmp_path / "head", checkpoints.flat(), checkpoints.tensors())
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/out could not be written .*another OUT"):
+        convert(source, tmp_path / "file" / "out", target)

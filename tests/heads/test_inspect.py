@@ -160,6 +160,16 @@ def test_something_else(tmp_path, capsys):
     )
     code, found = inspected(capsys, source)
     assert (code, found["kind"], found["serving"]["chain"]) == (1, "unknown", False)
+    assert cli.main(["inspect", str(source)]) == 1
+    refusal = "refused: no EAGLE head: fc.weight or the norms do not match\n"
+    assert capsys.readouterr().out == refusal
+
+
+def test_a_head_that_is_not_here(tmp_path, capsys):
+    assert cli.main(["inspect", "somebody/head"]) == 2
+    assert "`hf download somebody/head --local-dir DIR`" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path / "typo")]) == 2
+    assert "hf download" not in capsys.readouterr().err
 
 
 def test_any_number_of_captured_states_serves_if_vllm_finds_their_layers(tmp_path, capsys):

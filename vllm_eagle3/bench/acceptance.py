@@ -14,7 +14,7 @@ from typing import Any
 from vllm_eagle3.bench import answering, report, target
 from vllm_eagle3.bench.configurations import PLAIN, Configuration, check_plugin
 from vllm_eagle3.bench.options import add_configurations, add_data, add_pair, recorded, select
-from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.output import make_log_folder, write_results
 from vllm_eagle3.bench.pair import check_pair
 from vllm_eagle3.bench.questions import load_questions
 from vllm_eagle3.bench.results import Run, summarize
@@ -28,7 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configurations(parser, [3, 5, 7], ["8", "16", "32", "60"], one_size=True)
     add("--no-plain", action="store_true", help="no plain decoding, so no check of identity")
     answering.add_arguments(parser)
-    add("--output", type=Path, required=True, help="JSON file; the tables go beside it (.md)")
+    add(
+        "--output",
+        "--out",
+        type=Path,
+        required=True,
+        help="JSON file; the tables go beside it (.md)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
     check_pair(args, configurations, args.max_model_len)
     check_plugin(configurations)
     questions = load_questions(args.data, args.limit)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    log_dir = args.output.with_suffix(".logs")
-    log_dir.mkdir(exist_ok=True)
+    log_dir = make_log_folder(args.output)
     runs = answering.answer(args, configurations, questions, log_dir)
     results = merge(args, configurations, runs, [question.dataset for question in questions])
     tables = report.render(results)

@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_eagle3.bench.configurations import PLAIN, Configuration
 from vllm_eagle3.bench.jobs import WorkerError, run_worker
-from vllm_eagle3.bench.options import MEMORY_SHARE, check_positive
+from vllm_eagle3.bench.options import MEMORY_SHARE, add_dtype, add_temperatures, check_positive
 from vllm_eagle3.bench.questions import Question
 from vllm_eagle3.bench.results import Run
 
@@ -22,16 +22,16 @@ from vllm_eagle3.bench.results import Run
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare which questions are answered how."""
     add = parser.add_argument
-    add("--limit", type=int, help="only the first so many questions of each set")
-    add("--temperature", nargs="+", type=float, default=[0.0, 1.0])
-    add("--max-tokens", type=int, default=512, help="longest answer of a turn")
-    add("--seed", type=int, default=0)
-    add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
-    add("--max-model-len", type=int, default=2048)
-    add("--max-num-seqs", type=int, default=64, help="requests in a batch")
+    add("--limit", type=int, help="only the first so many questions of each set (all)")
+    add_temperatures(parser)
+    add("--max-tokens", type=int, default=512, help="tokens of the longest answer (%(default)s)")
+    add("--seed", type=int, default=0, help="of the engines and of every turn (%(default)s)")
+    add_dtype(parser)
+    add("--max-model-len", type=int, default=2048, help="tokens of prompt and answer (%(default)s)")
+    add("--max-num-seqs", type=int, default=64, help="requests in a batch (%(default)s)")
     add("--enforce-eager", action="store_true", help="start sooner, without CUDA graphs")
-    add("--jobs", type=int, default=1, help="configurations at once, sharing the GPU's memory")
-    add("--timeout", type=float, help="seconds after which a configuration counts as failed")
+    add("--jobs", type=int, default=1, help="configurations at once on the GPU (%(default)s)")
+    add("--timeout", type=float, help="seconds a configuration may take (no limit)")
 
 
 def check_arguments(args: argparse.Namespace) -> None:

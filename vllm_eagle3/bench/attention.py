@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="eight small cells, to see that all works")
     add("--time-budget", type=float, default=90, help="seconds after which no cell is begun")
     add("--bandwidth", type=float, default=4.3, help="TB/s, of the time to read the cache once")
-    add("--output", type=Path, required=True, help="JSON file; the tables go beside it")
+    add("--output", "--out", type=Path, required=True, help="JSON file; the tables go beside it")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,12 +21,12 @@ from vllm_eagle3.bench import answering, evaluate_report
 from vllm_eagle3.bench.configurations import check_plugin
 from vllm_eagle3.bench.evaluate_results import merge
 from vllm_eagle3.bench.options import add_configurations, add_data, add_pair, select
-from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.output import PLOTS_REMEDY, make_log_folder, write_results
 from vllm_eagle3.bench.pair import check_pair, check_prediction
 from vllm_eagle3.bench.prediction import Prediction, predict
 from vllm_eagle3.bench.questions import load_questions
 
-_CHAINS, _TREES = [5], ["31/5/16"]  # what `vllm-eagle3 train` predicts
+_CHAINS, _TREES = [5], ["63"]  # the tree of `"tree": true`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configurations(parser, _CHAINS, _TREES, one_size=True)
     answering.add_arguments(parser)
     add("--no-prediction", action="store_true", help="served figures only")
-    add("--prediction-timeout", type=float, help="seconds for the prediction (default: no limit)")
+    add("--prediction-timeout", type=float, help="seconds for the prediction (no limit)")
     add(
         "--output",
+        "--out",
         type=Path,
         default=Path("eval.json"),
         help="JSON file; tables (.md) and plots (.png) go beside it (default: eval.json)",
@@ -61,9 +62,7 @@ def run(args: argparse.Namespace) -> int:
     questions = load_questions(args.data, args.limit)
     if not args.no_prediction:
         check_prediction(args)
-    log_dir = args.output.with_suffix(".logs")
-    log_dir.mkdir(parents=True, exist_ok=True)
-
+    log_dir = make_log_folder(args.output)
     runs = answering.answer(args, configurations, questions, log_dir)
     if args.no_prediction:
         prediction = Prediction()
@@ -78,5 +77,5 @@ def run(args: argparse.Namespace) -> int:
 
         evaluate_plots.write(results, args.output)
     except ModuleNotFoundError as error:
-        print(f"vllm-eagle3: no plots, {error}: pip install 'vllm-eagle3[bench]'", file=sys.stderr)
+        print(f"vllm-eagle3: no plots, {error}: {PLOTS_REMEDY}", file=sys.stderr)
     return 1 if prediction.error or any(run.error for run in runs) else 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.bench.markdown import table
-from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.output import PLOTS_REMEDY, write_results
 from vllm_eagle3.bench.report import label, title
 
 # Settings without which tau of two heads does not compare.
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--output",
+        "--out",
         type=Path,
         default=Path("heads.json"),
         help="JSON file; the table (.md) and a plot (.png) go beside it (default: heads.json)",
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
         heads_plot.write(results, args.output.with_suffix(".png"))
     except ModuleNotFoundError as error:
-        print(f"vllm-eagle3: no plot, {error}: pip install 'vllm-eagle3[bench]'", file=sys.stderr)
+        print(f"vllm-eagle3: no plot, {error}: {PLOTS_REMEDY}", file=sys.stderr)
     return 0
 
 

@@ -18,12 +18,12 @@ from vllm_eagle3.bench.jobs import WorkerError
 from vllm_eagle3.bench.markdown import failure, table
 from vllm_eagle3.bench.options import (
     add_configurations,
+    add_engine_args,
     add_pair,
     check_positive,
-    json_object,
     select,
 )
-from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.output import make_log_folder, write_results
 from vllm_eagle3.bench.pair import check_pair
 
 
@@ -32,14 +32,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_pair(parser)
     add_configurations(parser, [3], ["63"])
-    add("--gpu-memory-utilization", type=float, default=0.9)
-    add("--max-num-seqs", type=int, default=64)
-    add("--max-num-batched-tokens", type=int, default=8192)
-    add("--max-model-len", type=int, default=2048)
+    add(
+        "--gpu-memory-utilization", type=float, default=0.9, help="share of the GPU's (%(default)s)"
+    )
+    add("--max-num-seqs", type=int, default=64, help="requests in a batch (%(default)s)")
+    add("--max-num-batched-tokens", type=int, default=8192, help="of a step (%(default)s)")
+    add("--max-model-len", type=int, default=2048, help="tokens of prompt and answer (%(default)s)")
     add("--no-plain", action="store_true", help="leave plain decoding out")
-    add("--engine", type=json_object, default={}, help="further arguments of LLM, a JSON object")
-    add("--timeout", type=float, default=400, help="seconds for the start of one engine")
-    add("--output", type=Path, required=True, help="JSON file; the table goes beside it (.md)")
+    add_engine_args(parser)
+    add(
+        "--timeout",
+        type=float,
+        default=400,
+        help="seconds for the start of one engine (%(default)s)",
+    )
+    add(
+        "--output",
+        "--out",
+        type=Path,
+        required=True,
+        help="JSON file; the table goes beside it (.md)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,8 +65,7 @@ def run(args: argparse.Namespace) -> int:
     check_positive(args, "max_num_seqs", "max_num_batched_tokens", "max_model_len")
     check_pair(args, configurations, args.max_model_len)
     check_plugin(configurations)
-    folder = args.output.with_suffix(".logs")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_log_folder(args.output)
     settings = {
         "model": args.target,
         "dtype": None,

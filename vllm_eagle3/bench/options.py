@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, parse_
 from vllm_eagle3.bench.questions import DEFAULT_DATA, PACKAGED
 from vllm_eagle3.paths import PUBLISHED
 
+_DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # vLLM's
 MEMORY_SHARE = 0.9  # of the GPU's, for all engines that live at once
 
 
@@ -63,6 +65,45 @@ def add_configurations(
         f" or as a JSON file of paths (default: {' '.join(trees)})",
     )
     parser.set_defaults(one_size=one_size)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Declare the type that target and head compute in."""
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="vLLM's dtype (default: the model's; float32 without a GPU)",
+    )
+
+
+def add_engine_args(parser: argparse.ArgumentParser) -> None:
+    """Declare what else vLLM's engines are given; ``args.engine``."""
+    parser.add_argument(
+        "--engine",
+        "--engine-args",
+        type=json_object,
+        default={},
+        help="further arguments of LLM, a JSON object (none)",
+    )
+
+
+def add_temperatures(parser: argparse.ArgumentParser) -> None:
+    """Declare the temperatures at which everything is measured."""
+    parser.add_argument(
+        "--temperature",
+        nargs="+",
+        type=temperature,
+        default=[0.0, 1.0],
+        help="of sampling, each measured in turn; 0 is greedy (0 1)",
+    )
+
+
+def temperature(text: str) -> float:
+    """The type of an option that is a temperature; 0 is greedy."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no temperature: give 0 (greedy) or more")
+    return value
 
 
 def json_object(text: str) -> dict[str, Any]:

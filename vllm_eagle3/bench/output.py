@@ -7,6 +7,7 @@ from typing import Any
 from vllm_eagle3.files import replacing, writing
 
 _REMEDY = "free some space, or name another --output, and run the command again"
+PLOTS_REMEDY = "run pip install '.[bench]' in a checkout of the repository"
 
 
 def write_results(path: Path, data: dict[str, Any], text: str) -> None:
@@ -22,6 +23,20 @@ def write_results(path: Path, data: dict[str, Any], text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, json.dumps(data, indent=1) + "\n")
     write_tables(path, text)
+
+
+def make_log_folder(path: Path) -> Path:
+    """Make the folder for logs beside the results in ``path``, with the suffix ``.logs``.
+
+    Raises:
+        ValueError: it cannot be made, or ``path`` is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder: name a JSON file in it")
+    folder = path.with_suffix(".logs")
+    with writing(path, _REMEDY):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def write_tables(path: Path, text: str) -> None:

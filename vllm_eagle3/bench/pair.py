@@ -79,8 +79,9 @@ def check_prediction(args: argparse.Namespace) -> None:
     """
     from vllm_eagle3.bench.predictor import check
 
+    is_here = _is_local("head", args.head)
     try:
-        if not _is_local("head", args.head):
+        if not is_here:
             raise ValueError(f"--head {args.head}: no folder here")
         check(args.target, args.head)
     except ValueError as error:
@@ -91,6 +92,10 @@ def check_prediction(args: argparse.Namespace) -> None:
 
 def _is_local(option: str, model: str) -> bool:
     try:
-        return is_local(model)
+        found = is_local(model)
     except ValueError as error:
         raise ValueError(f"--{option} {error}") from error
+    # Old models of the hub have no owner; heads have one.
+    if not found and option == "head" and "/" not in model:
+        raise ValueError(f"--head {model}: no such folder (to download one, give OWNER/NAME)")
+    return found

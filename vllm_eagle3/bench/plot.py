@@ -18,7 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add("results", type=Path, nargs="+", help="JSON files of vllm-eagle3 bench speed")
-    add("--output", type=Path, help="JSON file of several together (default: the first, in place)")
+    add(
+        "--output",
+        "--out",
+        type=Path,
+        help="JSON file of several together (default: the first, in place)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,19 +28,22 @@ from vllm_eagle3.bench.options import (
     MEMORY_SHARE,
     add_configurations,
     add_data,
+    add_dtype,
     add_pair,
     check_positive,
     json_object,
     recorded,
     select,
+    temperature,
 )
-from vllm_eagle3.bench.output import write_results
+from vllm_eagle3.bench.output import make_log_folder, write_results
 from vllm_eagle3.bench.pair import check_pair
 from vllm_eagle3.bench.questions import Question, load_questions
 from vllm_eagle3.bench.schedule import rotation, take_turns
 from vllm_eagle3.bench.servers import Server, run_client, write_dataset
 from vllm_eagle3.bench.serving_report import FIGURES, render, summarize
 
+_AT_ONCE = [1, 4, 16]
 _KEPT = (
     "duration",
     "completed",
@@ -58,20 +61,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     add_configurations(parser, [3], ["63"])
     add("--no-plain", action="store_true", help="leave plain decoding out")
-    add("--concurrency", nargs="+", type=int, default=[1, 4, 16], help="chats at once")
-    add("--prompts", type=int, default=10, help="chats for each one at once")
-    add("--min-prompts", type=int, default=30, help="and at least so many in all")
-    add("--repeats", type=int, default=3, help="runs of the same chats; figures are medians")
-    add("--max-tokens", type=int, default=128, help="tokens of every answer")
-    add("--temperature", type=float, default=0.0)
-    add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
-    add("--max-model-len", type=int, default=1024)
-    add("--servers-at-once", type=int, default=4, help="alive side by side; one is busy")
-    add("--serve", type=json_object, default={}, help="further options of vllm serve, JSON object")
-    add("--compile-cache", type=Path, help="a folder where each server keeps its compiled code")
-    add("--start-timeout", type=float, default=400, help="seconds until all servers must stand")
-    add("--timeout", type=float, default=300, help="seconds for one run of the client")
-    add("--output", type=Path, required=True, help="JSON file; the table goes beside it (.md)")
+    add(
+        "--concurrency",
+        nargs="+",
+        type=int,
+        default=_AT_ONCE,
+        help=f"chats at once ({' '.join(map(str, _AT_ONCE))})",
+    )
+    add("--prompts", type=int, default=10, help="chats for each one at once (%(default)s)")
+    add("--min-prompts", type=int, default=30, help="and at least so many in all (%(default)s)")
+    add(
+        "--repeats",
+        type=int,
+        default=3,
+        help="runs of the same chats; figures are medians (%(default)s)",
+    )
+    add("--max-tokens", type=int, default=128, help="tokens of every answer (%(default)s)")
+    add("--temperature", type=temperature, default=0.0, help="0 is greedy (%(default)s)")
+    add_dtype(parser)
+    add("--max-model-len", type=int, default=1024, help="tokens of prompt and answer (%(default)s)")
+    add(
+        "--servers-at-once",
+        type=int,
+        default=4,
+        help="alive side by side; one is busy (%(default)s)",
+    )
+    add(
+        "--serve",
+        type=json_object,
+        default={},
+        help="further options of vllm serve, JSON object (none)",
+    )
+    add("--compile-cache", type=Path, help="folder for each server's compiled code (vLLM's own)")
+    add(
+        "--start-timeout",
+        type=float,
+        default=400,
+        help="seconds until all servers stand (%(default)s)",
+    )
+    add(
+        "--timeout", type=float, default=300, help="seconds for one run of the client (%(default)s)"
+    )
+    add(
+        "--output",
+        "--out",
+        type=Path,
+        required=True,
+        help="JSON file; the table goes beside it (.md)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,8 +122,7 @@ def run(args: argparse.Namespace) -> int:
     check_plugin(configurations)
     check_positive(args, "servers_at_once", "prompts", "repeats", "max_tokens")
     check_positive(args, "max_model_len", "concurrency")
-    folder = args.output.with_suffix(".logs")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_log_folder(args.output)
     chats = _mixed(load_questions(args.data))
     write_dataset([question.turns[0] for question in chats], folder / "chats.json")
 

@@ -16,16 +16,21 @@ from vllm_eagle3.bench.configurations import check_plugin
 from vllm_eagle3.bench.options import (
     add_configurations,
     add_data,
+    add_dtype,
+    add_engine_args,
     add_pair,
+    add_temperatures,
     check_positive,
-    json_object,
     select,
 )
+from vllm_eagle3.bench.output import make_log_folder
 from vllm_eagle3.bench.pair import check_context, check_pair
 from vllm_eagle3.bench.questions import load_questions
 from vllm_eagle3.bench.schedule import Cell, make_prompts
 from vllm_eagle3.bench.speed_results import SpeedResults
 from vllm_eagle3.data.target import load_tokenizer
+
+_BATCHES = [1, 2, 4, 8, 16, 32, 64]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,26 +40,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     add_configurations(parser, [1, 3, 5, 7], ["31", "63"])
     add("--no-plain", action="store_true", help="leave plain decoding out")
-    add("--batch", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="batch sizes")
-    add("--temperature", nargs="+", type=float, default=[0.0, 1.0])
-    add("--repeats", type=int, default=10)
-    add("--max-tokens", type=int, default=96, help="tokens of every output")
-    add("--prompts-per-repeat", type=int, default=3, help="at least; in batches of full size")
-    add("--max-prompt", type=int, default=256, help="leave longer prompts out (tokens)")
-    add("--seed", type=int, default=0)
-    add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
-    add("--engines-at-once", type=int, default=6, help="more go in rounds, with anchors")
-    add("--max-num-batched-tokens", type=int, default=8192)
+    add(
+        "--batch",
+        nargs="+",
+        type=int,
+        default=_BATCHES,
+        help=f"batch sizes ({' '.join(map(str, _BATCHES))})",
+    )
+    add_temperatures(parser)
+    add("--repeats", type=int, default=10, help="measurements of each configuration (%(default)s)")
+    add("--max-tokens", type=int, default=96, help="tokens of every output (%(default)s)")
+    add("--prompts-per-repeat", type=int, default=3, help="at least, in full batches (%(default)s)")
+    add(
+        "--max-prompt", type=int, default=256, help="tokens; longer ones are left out (%(default)s)"
+    )
+    add("--seed", type=int, default=0, help="of sampling (%(default)s)")
+    add_dtype(parser)
+    add(
+        "--engines-at-once",
+        type=int,
+        default=6,
+        help="more go in rounds, with anchors (%(default)s)",
+    )
+    add("--max-num-batched-tokens", type=int, default=8192, help="of a step (%(default)s)")
     add("--enforce-eager", action="store_true", help="without CUDA graphs: no fair comparison")
-    add("--engine", type=json_object, default={}, help="further arguments of LLM, a JSON object")
-    add("--profile", nargs="*", type=int, default=[], help="batch sizes of which steps are split")
-    add("--profile-steps", type=int, default=30)
+    add_engine_args(parser)
+    add(
+        "--profile",
+        nargs="*",
+        type=int,
+        default=[],
+        help="batch sizes of which steps are split (none)",
+    )
+    add("--profile-steps", type=int, default=30, help="steps of a profile (%(default)s)")
     add("--keep-traces", action="store_true", help="leave the profiler's traces beside the logs")
-    add("--compile-cache", type=Path, help="a folder where each engine keeps its compiled code")
-    add("--start-timeout", type=float, default=400, help="seconds until all engines must stand")
-    add("--timeout", type=float, default=180, help="seconds for one measurement of one engine")
-    add("--time-budget", type=float, help="seconds after which no further repeat is begun")
-    add("--output", type=Path, required=True, help="JSON file; tables and plots go beside it")
+    add("--compile-cache", type=Path, help="folder for each engine's compiled code (vLLM's own)")
+    add(
+        "--start-timeout",
+        type=float,
+        default=400,
+        help="seconds until all engines stand (%(default)s)",
+    )
+    add("--timeout", type=float, default=180, help="seconds for one measurement (%(default)s)")
+    add("--time-budget", type=float, help="seconds after which no repeat is begun (no limit)")
+    add(
+        "--output",
+        "--out",
+        type=Path,
+        required=True,
+        help="JSON file; tables and plots go beside it",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = make_prompts(load_tokenizer(args.target), questions, args.max_prompt, args.seed)
     settings = Settings.from_arguments(args, prompts, configurations)
     check_context(args.target, settings.engine["max_model_len"], "--max-prompt or --max-tokens")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    make_log_folder(args.output)
     results = SpeedResults.create(args, configurations, prompts)
     comparison = Comparison(settings, configurations, prompts, results)
     comparison.run([Cell(batch, t) for batch in args.batch for t in args.temperature])

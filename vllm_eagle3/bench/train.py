@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=int, default=3, help="optimiser steps before them (3)")
     add("--naive-rows", type=int, default=8, help="documents of a forward, naive loop (8)")
     add("--device", help="cuda or cpu (default: cuda where there is some)")
-    add("--output", type=Path, required=True, help="JSON file; the table goes beside it")
+    add("--output", "--out", type=Path, required=True, help="JSON file; the table goes beside it")
 
 
 def run(args: argparse.Namespace) -> int:

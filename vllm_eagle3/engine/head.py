@@ -4,8 +4,7 @@ from pathlib import Path
 
 from vllm_eagle3.heads.checkpoint import Checkpoint
 from vllm_eagle3.heads.description import HeadDescription, describe
-from vllm_eagle3.heads.files import safetensors_files
-from vllm_eagle3.heads.serving import misfits, serving, unread_layers
+from vllm_eagle3.heads.serving import misfits, serving, unread_layers, wrong_sizes
 from vllm_eagle3.heads.target import TargetShape
 
 METHODS = ("eagle3", "eagle")  # vLLM's, of the heads that grow trees
@@ -20,7 +19,7 @@ def check_files(path: str | None, method: str) -> HeadDescription | None:
         method: the speculative config's, one of ``METHODS``.
 
     Returns:
-        What the head is, or None if that cannot be read here.
+        What the head is, or None of a name.
 
     Raises:
         ValueError: no such directory, no weights, a truncated file, or tensors that are
@@ -32,9 +31,6 @@ def check_files(path: str | None, method: str) -> HeadDescription | None:
     if not root.is_dir():
         if root.is_absolute() or path.startswith(("./", "../", "~")):
             raise ValueError(f"speculative model {path}: no such directory")
-        return None
-    is_pickled = any(root.glob("*.bin")) or any(root.glob("*.pt"))
-    if is_pickled and (root / "config.json").is_file() and not safetensors_files(root):
         return None
     description = describe(Checkpoint.open(root))
     right_method = serving(description).method
@@ -60,10 +56,28 @@ def check_target(description: HeadDescription, target: TargetShape) -> None:
             than vLLM would, or is no head that vLLM loads.
     """
     name = f"speculative model {description.checkpoint.path}"
-    if found := misfits(description, target):
-        raise ValueError(f"{name} is {'; '.join(found)}: use the head of this target")
+    _refuse(name, misfits(description, target))
     verdict = serving(description, target)
     if not verdict.tree:
         raise ValueError(f"{name} cannot draft trees: {'; '.join(verdict.refusals)}")
     if unread := unread_layers(description, target):
         raise ValueError(f"{name}: {unread}")
+
+
+def check_sizes(path: str, hidden_size: int, vocab_size: int, target: TargetShape) -> None:
+    """Check what the config tells of a head whose weights are not here yet.
+
+    Args:
+        path: the speculative config's ``model``.
+        hidden_size: of the target's states that the head takes.
+        vocab_size: of the target.
+
+    Raises:
+        ValueError: it was trained for another hidden size or vocabulary.
+    """
+    _refuse(f"speculative model {path}", wrong_sizes(hidden_size, vocab_size, target))
+
+
+def _refuse(name: str, found: list[str]) -> None:
+    if found:
+        raise ValueError(f"{name} is {'; '.join(found)}: use the head of this target")

@@ -42,7 +42,9 @@ def prepare() -> None:
     if "vllm" in sys.modules and not is_prepared():
         raise ValueError("interpreter.prepare() must run before vllm is imported")
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("Triton is not installed: pip install 'vllm-eagle3[cpu]'")
+        raise ValueError(
+            "Triton is not installed: run pip install '.[cpu]' in a checkout of the repository"
+        )
     os.environ.update(_ENVIRONMENT)
     import triton.backends
 

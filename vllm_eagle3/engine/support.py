@@ -194,19 +194,20 @@ def _check_head(config: "VllmConfig", tree: TreeConfig) -> None:
             f"speculative model {draft.model} has no fc of its own (use_aux_hidden_state is false):"
             f" {_CHAIN}"
         )
+    target = TargetShape(
+        name=model.model,
+        hidden_size=model.get_hidden_size(),
+        vocab_size=model.get_vocab_size(),
+        num_layers=model.get_total_num_hidden_layers(),
+    )
     vocab_size = draft.get_vocab_size()
     description = head.check_files(draft.model, speculative.method)
     if description is not None:
-        head.check_target(
-            description,
-            TargetShape(
-                name=model.model,
-                hidden_size=model.get_hidden_size(),
-                vocab_size=model.get_vocab_size(),
-                num_layers=model.get_total_num_hidden_layers(),
-            ),
-        )
+        head.check_target(description, target)
         vocab_size = description.vocabulary.size or vocab_size
-    elif speculative.method == "eagle3":
-        vocab_size = getattr(draft.hf_config, "draft_vocab_size", None) or vocab_size
+    else:
+        of_target = getattr(draft.hf_config, "target_hidden_size", None)
+        head.check_sizes(draft.model, of_target or draft.get_hidden_size(), vocab_size, target)
+        if speculative.method == "eagle3":
+            vocab_size = getattr(draft.hf_config, "draft_vocab_size", None) or vocab_size
     tree.check_draft_vocabulary(vocab_size)

@@ -1,11 +1,19 @@
 """A head as it lies on disk, and which of the public layouts that is."""
 
+import pickle
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_eagle3.heads.files import TensorEntry, read_config, read_entries, safetensors_files
+from vllm_eagle3.heads.files import (
+    TensorEntry,
+    pickled_files,
+    read_config,
+    read_entries,
+    safetensors_files,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +22,7 @@ SPECULATORS, EAGLE_REPOSITORY, FLAT = "speculators", "EAGLE repository", "flat"
 # What `convert-head` writes into a flat head's `eagle_config`: the layer ids count the layer
 # entered and `norm_output` means that the normed state is fed back, as vLLM reads both.
 CONVENTIONS_KEY, OUR_CONVENTIONS = "conventions", "vllm"
+_SAFETENSORS = ".safetensors"
 # vLLM's heads read these at the top of a config only; `norm_before_fc` in `eagle_config`, too.
 _TOP_ONLY = ("fc_norm", "norm_before_residual", "norm_output")
 
@@ -41,11 +50,16 @@ class Checkpoint:
         """
         root = Path(path).expanduser()
         if not root.is_dir():
-            raise ValueError(f"{path}: no such directory (a head is given as a local directory)")
+            remedy = "give the folder of a head"
+            if len(root.parts) == 2 and not root.is_absolute():
+                remedy += (
+                    f"; one of this name is downloaded by `hf download {path} --local-dir DIR`"
+                )
+            raise ValueError(f"{path}: no such directory: {remedy}")
         config = read_config(root)
-        files = safetensors_files(root) or sorted(root.glob("pytorch_model*.bin"))
+        files = safetensors_files(root) or pickled_files(root)
         if not files:
-            raise ValueError(f"{root}: no weights (*.safetensors or pytorch_model.bin) in it")
+            raise ValueError(f"{root}: no weights (*.safetensors, *.bin or *.pt) in it")
         return cls(root, config, tuple(files))
 
     @property
@@ -85,9 +99,9 @@ class Checkpoint:
         """All tensors, names without a leading ``model.``.
 
         Raises:
-            ValueError: a file is truncated.
+            ValueError: a file is truncated, or holds something else than tensors.
         """
-        if self.files[0].suffix == ".bin":
+        if self.files[0].suffix != _SAFETENSORS:
             return {name: _entry(tensor) for name, tensor in self.load().items()}
         return {
             name.removeprefix("model."): entry
@@ -97,13 +111,12 @@ class Checkpoint:
 
     def load(self, *names: str) -> "dict[str, torch.Tensor]":
         """The tensors of these names that exist, or all of them, on the CPU."""
-        import torch
         from safetensors import safe_open
 
         tensors: dict[str, torch.Tensor] = {}
         for file in self.files:
-            if file.suffix == ".bin":
-                stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            if file.suffix != _SAFETENSORS:
+                stored = _unpickle(file)
                 tensors.update({key.removeprefix("model."): t for key, t in stored.items()})
                 continue
             with safe_open(file, framework="pt") as reader:
@@ -125,6 +138,21 @@ def unread_switches(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64", "bool": "BOOL"}
+
+
+def _unpickle(file: Path) -> "dict[str, torch.Tensor]":
+    """The tensors of a PyTorch file, on the CPU; nothing in it is executed."""
+    import torch
+
+    try:
+        # torch maps its archives into memory, not the plain pickles that it wrote before 1.6.
+        is_archive = zipfile.is_zipfile(file)
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise ValueError(f"{file} is truncated or no PyTorch file of weights alone") from error
+    if not isinstance(stored, dict) or not all(map(torch.is_tensor, stored.values())):
+        raise ValueError(f"{file} is no dictionary of tensors, as torch.save(model.state_dict())")
+    return stored
 
 
 def _entry(tensor: "torch.Tensor") -> TensorEntry:

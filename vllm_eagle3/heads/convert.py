@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_eagle3.files import writing
 from vllm_eagle3.heads import conventions
 from vllm_eagle3.heads.checkpoint import Checkpoint
 from vllm_eagle3.heads.description import EAGLE3, EAGLE31, HeadDescription, describe
@@ -106,7 +107,7 @@ def convert(
     Raises:
         ValueError: the source is no EAGLE-3 head, contradicts itself or does not fit the
             target, a convention cannot be told (the message names the option), or
-            ``out_dir`` holds a head already.
+            ``out_dir`` holds a head already or cannot be written.
     """
     out_dir, shape = Path(out_dir), TargetShape.read(target)
     if (out_dir / "config.json").exists():
@@ -160,7 +161,8 @@ def _is_targets(embedding: "torch.Tensor", target_dir: Path) -> bool:
 def _write(out_dir: Path, config: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> None:
     from safetensors.torch import save_file
 
-    out_dir.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
-    # Last: a folder without a config is no head, so an interrupted conversion is none either.
-    (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with writing(out_dir, "free some space, or give another OUT"):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
+        # Last: a folder without a config is no head, so an interrupted conversion is none either.
+        (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _INDEX = "model.safetensors.index.json"
+_PICKLED_INDEX = "pytorch_model.bin.index.json"
+_OF_A_TRAINER = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 
 
 class TensorEntry(NamedTuple):
@@ -41,13 +43,30 @@ def safetensors_files(root: Path) -> list[Path]:
         ValueError: the index names a file that is not there.
     """
     files = sorted(root.glob("*.safetensors"))
-    index = root / _INDEX
+    _check_complete(files, root / _INDEX)
+    return files
+
+
+def pickled_files(root: Path) -> list[Path]:
+    """The PyTorch files that vLLM loads where a checkpoint has no safetensors files, by name.
+
+    ``*.bin``, or else ``*.pt``, without those in which trainers keep their own state.
+
+    Raises:
+        ValueError: the index names a file that is not there.
+    """
+    found = sorted(root.glob("*.bin")) or sorted(root.glob("*.pt"))
+    files = [file for file in found if not file.name.endswith(_OF_A_TRAINER)]
+    _check_complete(files, root / _PICKLED_INDEX)
+    return files
+
+
+def _check_complete(files: list[Path], index: Path) -> None:
     if index.is_file():
         named = set(json.loads(index.read_text())["weight_map"].values())
         missing = sorted(named - {file.name for file in files})
         if missing:
-            raise ValueError(f"{root}: {', '.join(missing)} is missing")
-    return files
+            raise ValueError(f"{index.parent}: {', '.join(missing)} is missing")
 
 
 def read_entries(file: Path) -> dict[str, TensorEntry]:

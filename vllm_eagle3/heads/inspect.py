@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from vllm_eagle3.heads.checkpoint import Checkpoint
 from vllm_eagle3.heads.conventions import Finding
-from vllm_eagle3.heads.description import EAGLE1, HeadDescription, as_dict, describe
+from vllm_eagle3.heads.description import EAGLE1, UNKNOWN, HeadDescription, as_dict, describe
 from vllm_eagle3.heads.serving import Serving, misfits, serving
 from vllm_eagle3.heads.target import TargetShape
 
@@ -36,7 +36,10 @@ def run(args: argparse.Namespace) -> int:
 def report(
     description: HeadDescription, verdict: Serving, target: TargetShape | None
 ) -> Iterator[str]:
-    """The lines of the text."""
+    """The lines of the text; of something else than a head why it is none."""
+    if description.kind == UNKNOWN:
+        yield f"refused: {'; '.join(verdict.refusals)}"
+        return
     for label, value in _rows(description):
         yield f"{label:20}{value}"
     if target is not None:

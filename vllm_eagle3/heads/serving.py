@@ -66,23 +66,35 @@ def misfits(description: HeadDescription, target: TargetShape | None) -> list[st
     """Why a head does not fit a target; empty if it does or without a target."""
     if target is None:
         return []
-    found = []
-    if description.target_hidden_size not in (None, target.hidden_size):
-        found.append(
-            f"made for a target of hidden size {description.target_hidden_size}, "
-            f"{target.name} has {target.hidden_size}"
-        )
-    if description.vocab_size not in (None, target.vocab_size):
-        found.append(
-            f"made for a vocabulary of {description.vocab_size} tokens, "
-            f"{target.name} has {target.vocab_size}"
-        )
+    found = wrong_sizes(description.target_hidden_size, description.vocab_size, target)
     layers = description.layers_entered or ()
     outside = any(not 0 <= e <= target.num_layers for e in layers)
     if description.num_captured != 1 and (outside or len(set(layers)) < len(layers)):
         found.append(
             f"made for layers {list(layers)}: in the {target.num_layers} of {target.name} these "
             "are not as many different ones"
+        )
+    return found
+
+
+def wrong_sizes(
+    target_hidden_size: int | None, vocab_size: int | None, target: TargetShape
+) -> list[str]:
+    """Why a head of these sizes does not fit a target; a size that is not known (None) fits.
+
+    Args:
+        target_hidden_size: of each state that the head takes from its target.
+        vocab_size: of its target.
+    """
+    found = []
+    if target_hidden_size not in (None, target.hidden_size):
+        found.append(
+            f"made for a target of hidden size {target_hidden_size}, "
+            f"{target.name} has {target.hidden_size}"
+        )
+    if vocab_size not in (None, target.vocab_size):
+        found.append(
+            f"made for a vocabulary of {vocab_size} tokens, {target.name} has {target.vocab_size}"
         )
     return found
 
