@@ -135,3 +135,15 @@ def test_shards_and_figures_of_data_name_what_a_full_disk_kept_from_being_writte
     assert "documents" in shown.out  # the tables are printed before
     assert cli.main(["data", "analyse", str(data)]) == 0
     assert json.loads((data / "analysis.json").read_text())["documents"] == 60
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_head_is_not_overwritten(
+    name: str, target: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("another's")
+    assert train(target, data, out) == 2
+    assert f"{out} holds a checkpoint already: give another --out" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "another's")]

@@ -60,7 +60,8 @@ def train(
 
     Raises:
         ValueError: no data, an unsuitable target, a state of another configuration, target
-            or data, a state in the way of a new run, a full disk, or a loss that is not finite.
+            or data, a state or a head in the way of a new run, a full disk, or a loss that is not
+            finite.
     """
     paths = Path(data_dir), Path(out_dir)
     if not resume:
