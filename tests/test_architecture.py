@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "config": {"paths"},
     "files": set(),
     "corpus": {"files"},
-    "data": {"corpus", "files"},
+    "data": {"corpus", "files", "heads"},
     "tree": {"config", "paths"},
     "ops": {"config", "tree"},
     "heads": {"config", "files"},

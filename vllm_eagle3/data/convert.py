@@ -16,7 +16,7 @@ from vllm_eagle3.corpus import METADATA_FILE, Document, shard_paths, write_json,
 from vllm_eagle3.data.duplicates import EvaluationSets
 from vllm_eagle3.data.formats import Chat, ChatFile, read_chats
 from vllm_eagle3.data.masks import ChatTemplate
-from vllm_eagle3.data.target import load_tokenizer
+from vllm_eagle3.data.target import tokenizer_for_data
 from vllm_eagle3.files import writing
 
 REPEATED = "repeated conversation"
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """The command ``vllm-eagle3 data convert``."""
     config = ConvertConfig(args.max_turns, args.shard_documents, tuple(args.exclude))
-    tokenizer = load_tokenizer(args.target)
+    tokenizer = tokenizer_for_data(args.target)
     metadata = convert(
         args.conversations, tokenizer, args.out, config, target=Path(args.target).name
     )

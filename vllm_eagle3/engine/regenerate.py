@@ -19,6 +19,7 @@ from typing import Any
 from vllm_eagle3.corpus import METADATA_FILE, write_json
 from vllm_eagle3.data.duplicates import EvaluationSets
 from vllm_eagle3.data.formats import Chat, ChatFile, read_chats
+from vllm_eagle3.data.target import tokenizer_for_data
 from vllm_eagle3.engine.answered import read_answered
 from vllm_eagle3.engine.regenerate_replica import RegenerateConfig, RegenerateReplica
 from vllm_eagle3.engine.replica_config import add_replica_arguments, add_setting, settings_from
@@ -67,8 +68,8 @@ def regenerate(
 
     Raises:
         FileNotFoundError: no such file of prompts.
-        ValueError: no readable prompt, an unsuitable chat template, a damaged shard, a full
-            disk, or a folder that holds other data.
+        ValueError: no such target, no readable prompt, an unsuitable chat template, a damaged
+            shard, a full disk, or a folder that holds other data.
         RuntimeError: a replica failed.
     """
     config, out_dir = config or RegenerateConfig(), Path(out_dir)
@@ -76,6 +77,7 @@ def regenerate(
     for line in given.unreadable[:5]:
         print(f"left out: {line}", file=sys.stderr)
     wanted, left_out = _choose(given.chats, EvaluationSets.from_files(config.exclude))
+    tokenizer_for_data(target)  # fails here, before anything is written
     claim_folder(out_dir, RUN_FILE, _identity(given.chats, target, config))
     answered = read_answered(out_dir)
     pending = [number for number in wanted if number not in answered.prompts]

@@ -19,6 +19,7 @@ from vllm_eagle3.train.data import split_held_out
 from vllm_eagle3.train.distributed import World, is_main_process, joined
 from vllm_eagle3.train.evaluation import Evaluation, evaluate
 from vllm_eagle3.train.export import export
+from vllm_eagle3.train.features import read_target_config
 from vllm_eagle3.train.head_config import rotary_scaling
 from vllm_eagle3.train.learner import Learner
 from vllm_eagle3.train.loader import Loader, StepBatches
@@ -66,6 +67,7 @@ def train(
     paths = Path(data_dir), Path(out_dir)
     if not resume:
         checkpoints.refuse_overwriting(paths[1])
+    read_target_config(target)  # a mistake ends here, before anything is written
     with joined(device) as (world, chosen):
         return _Trainer(target, *paths, config or TrainConfig(), chosen, world).train(resume)
 
