@@ -104,7 +104,7 @@ def regenerate(
         progress = Progress(
             out_dir, "answering", "conversations", len(wanted), len(wanted) - len(pending)
         )
-        failed = run_replicas(makers, progress, deadline)
+        failed = run_replicas(makers, progress, deadline, config.gpus_each)
     metadata = _finish(target, out_dir, config, given, left_out, time.time() - started)
     raise_failed(failed)
     return metadata

@@ -1,8 +1,9 @@
 """Training data written by the target itself, through vLLM's offline engine.
 
 A small target is bound by the scheduler, not by the device: several replicas, each an
-engine of its own in a process of its own, share one device. Every replica writes its own
-shards, so an interrupted run goes on where the last shard ended.
+engine of its own in a process of its own, share one GPU. Where there are several GPUs, the
+replicas are spread over them. Every replica writes its own shards, so an interrupted run goes
+on where the last shard ended.
 """
 
 import argparse
@@ -62,7 +63,7 @@ def synthesize(target: str, out_dir: Path, config: SynthConfig | None = None) ->
         for index in range(config.replicas)
     ]
     progress = Progress(out_dir, "synthesis", "tokens", config.tokens)
-    failed = run_replicas(makers, progress, deadline)
+    failed = run_replicas(makers, progress, deadline, config.gpus_each)
     metadata = _finish(target, out_dir, config, time.time() - started)
     raise_failed(failed)
     return metadata
