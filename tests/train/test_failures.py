@@ -147,3 +147,14 @@ def test_a_head_is_not_overwritten(
     assert train(target, data, out) == 2
     assert f"{out} holds a checkpoint already: give another --out" in capsys.readouterr().err
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "another's")]
+
+
+def test_a_head_learns_from_several_folders(target: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    write_shard(tmp_path / "more" / "shard-00-00000.safetensors", small.documents(9))
+    out = tmp_path / "out"
+    paths = ("--target", str(target), "--data", str(data), str(tmp_path / "more"))
+    assert cli.main(["train", *paths, "--out", str(out), *OPTIONS]) == 0
+    state = torch.load(out / "training_state.pt", weights_only=True)
+    assert state["inputs"]["data"].startswith("69 documents, ")
+    assert train(target, data, out, "--resume") == 2  # other data

@@ -150,7 +150,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``vllm-eagle3 train``."""
     default = TrainConfig()
     parser.add_argument("--target", required=True, help="a Llama checkpoint, folder or hub name")
-    parser.add_argument("--data", required=True, type=Path, help="folder of `data synth`")
+    parser.add_argument(
+        "--data", required=True, type=Path, nargs="+", metavar="DIR",
+        help="folders of `data synth`, `data regenerate` or `data convert`",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, help="folder for the head")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is some)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")

@@ -4,6 +4,7 @@ One process for each GPU; ``torchrun -m vllm_eagle3.cli train ...`` starts sever
 """
 
 import argparse
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -39,20 +40,21 @@ def run(args: argparse.Namespace) -> None:
 
 def train(
     target: str | Path,
-    data_dir: Path,
+    data_dirs: Path | Sequence[Path],
     out_dir: Path,
     config: TrainConfig | None = None,
     device: str | None = None,
     resume: bool = False,
 ) -> Path:
-    """Train a head for ``target`` on ``data_dir`` and write it to ``out_dir``.
+    """Train a head for ``target`` on ``data_dirs`` and write it to ``out_dir``.
 
     ``out_dir`` gets the checkpoint with its model card, a log of JSON lines, and the last two
     states to resume from.
 
     Args:
         target: a Llama checkpoint, folder or hub name.
-        data_dir: shards of ``vllm-eagle3 data synth``.
+        data_dirs: a folder of ``vllm-eagle3 data synth``, ``regenerate`` or ``convert``, or
+            several.
         device: ``"cuda"``, ``"cpu"``; None takes CUDA where there is some.
         resume: go on from ``out_dir``'s state; target, data and config must be the same.
 
@@ -64,7 +66,8 @@ def train(
             or data, a state or a head in the way of a new run, a full disk, or a loss that is not
             finite.
     """
-    paths = Path(data_dir), Path(out_dir)
+    given = [data_dirs] if isinstance(data_dirs, str | Path) else data_dirs
+    paths = tuple(map(Path, given)), Path(out_dir)
     if not resume:
         checkpoints.refuse_overwriting(paths[1])
     read_target_config(target)  # a mistake ends here, before anything is written
@@ -76,18 +79,18 @@ class _Trainer:
     def __init__(
         self,
         target: str | Path,
-        data_dir: Path,
+        data_dirs: tuple[Path, ...],
         out_dir: Path,
         config: TrainConfig,
         device: torch.device,
         world: World,
     ) -> None:
         self.config, self.out_dir, self.device, self.world = config, out_dir, device, world
-        self.target_name, self.data_dir = str(target), data_dir
+        self.target_name, self.data_dirs = str(target), data_dirs
         with writing(out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
-        corpus = read_corpus(data_dir)
+        corpus = read_corpus(*data_dirs)
         self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
         self.learner = Learner(target, self.documents, config, device, world, self.held_out)
         self.inputs = {
@@ -261,4 +264,4 @@ class _Trainer:
             "evaluation": rounded(asdict(self.evaluation)),
         }
         write_json(self.out_dir / "training.json", facts)
-        return model_card(facts, self.data_dir)
+        return model_card(facts, self.data_dirs)
