@@ -165,3 +165,34 @@ def test_a_target_that_is_not_there_leaves_nothing_behind(
     assert cli.main(["data", *command, "--target", "./nope", "--out", "out"]) == 2
     assert capsys.readouterr().err == "vllm-eagle3: --target ./nope: no such folder\n"
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--kinds", "nope.json"), "nope.json is no list of kinds"),
+        (("--kinds", "bad.json"), "unexpected keyword argument 'colour'"),
+        (("--engine-args", "{bad"), "{bad is not JSON: "),
+        (("--engine-args", "[1]"), "[1] is no JSON object, such as"),
+        (("--answer-temperatures", "0.7"), "0.7: give temperatures with their weights, as in 0="),
+    ],
+)
+def test_options_of_another_form_are_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: tuple[str, str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text('[{"name": "chat", "colour": "red"}]')
+    with pytest.raises(SystemExit):
+        cli.main(["data", "synth", "--target", "target", "--out", "out", *option])
+    assert f"argument {option[0]}: " in (shown := capsys.readouterr().err)
+    assert message in shown
+
+
+def test_a_file_is_no_folder_for_shards(tmp_path: Path, target: str) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        synthesize(target, tmp_path / "out")

@@ -158,3 +158,26 @@ def test_a_head_learns_from_several_folders(target: Path, data: Path, tmp_path: 
     state = torch.load(out / "training_state.pt", weights_only=True)
     assert state["inputs"]["data"].startswith("69 documents, ")
     assert train(target, data, out, "--resume") == 2  # other data
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "--device gpu: use cuda or cpu"), ("cuda:99", "--device cuda:99: torch sees ")],
+)
+def test_a_device_that_is_not_there_is_named(
+    device: str, message: str, target: Path, data: Path, tmp_path: Path, capsys
+) -> None:
+    assert train(target, data, tmp_path / "out", "--device", device) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_conversations_are_no_shards_and_a_file_is_no_place_for_a_head(
+    target: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.touch()
+    assert train(target, chats, tmp_path / "out") == 2
+    assert f"{chats} is a file: give a folder of shards" in capsys.readouterr().err
+    assert train(target, data, chats) == 2
+    assert f"--out {chats} is a file: give a folder" in capsys.readouterr().err

@@ -119,9 +119,10 @@ def measure(job: Job) -> dict[str, Any]:
     """
     import torch
 
+    from vllm_eagle3.train.distributed import choose_device
     from vllm_eagle3.train.logs import peak_memory_gib
 
-    device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(job.device)
     seconds, tokens, slots, largest = [], [], [], 0
     try:
         steps = _steps(job, device)

@@ -12,12 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle3.corpus import METADATA_FILE, Document, shard_paths, write_json, write_shard
+from vllm_eagle3.corpus import (
+    METADATA_FILE,
+    Document,
+    shard_paths,
+    write_json,
+    write_shard,
+)
 from vllm_eagle3.data.duplicates import EvaluationSets
 from vllm_eagle3.data.formats import Chat, ChatFile, read_chats
 from vllm_eagle3.data.masks import ChatTemplate
 from vllm_eagle3.data.target import tokenizer_for_data
-from vllm_eagle3.files import writing
+from vllm_eagle3.files import make_out_folder
 
 REPEATED = "repeated conversation"
 UNANSWERED = "no answer"
@@ -108,8 +114,7 @@ def convert(
     given = read_chats(paths)
     chats = [_first_turns(chat, config.max_turns) for chat in given.chats]
     template = ChatTemplate(tokenizer, turns=max(len(chat.answers) for chat in chats) or 1)
-    with writing(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
+    make_out_folder(out_dir)
     kept, left_out = Counter(), {}
     documents = _documents(chats, template, EvaluationSets.from_files(config.exclude), left_out)
     written: list[Path] = []

@@ -22,7 +22,12 @@ from vllm_eagle3.data.formats import Chat, ChatFile, read_chats
 from vllm_eagle3.data.target import tokenizer_for_data
 from vllm_eagle3.engine.answered import read_answered
 from vllm_eagle3.engine.regenerate_replica import RegenerateConfig, RegenerateReplica
-from vllm_eagle3.engine.replica_config import add_replica_arguments, add_setting, settings_from
+from vllm_eagle3.engine.replica_config import (
+    add_replica_arguments,
+    add_setting,
+    json_object,
+    settings_from,
+)
 from vllm_eagle3.engine.replica_processes import Progress, raise_failed, run_replicas, statuses
 from vllm_eagle3.engine.run_folder import claim_folder
 from vllm_eagle3.engine.shard_writer import REMEDY
@@ -45,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, default, "max_turns", int, "user turns that are answered, at most")
     add_setting(parser, default, "top_p", float, "of answers")
     parser.add_argument(
-        "--template", type=json.loads, default={}, metavar="JSON",
+        "--template", type=json_object, default={}, metavar="JSON",
         help="further variables of the chat template, such as '{\"enable_thinking\": false}'",
     )  # fmt: skip
 

@@ -94,7 +94,7 @@ def add_replica_arguments(parser: argparse.ArgumentParser, default: ReplicaConfi
         help="prompts that must not occur, besides the bundled evaluation sets",
     )  # fmt: skip
     parser.add_argument(
-        "--engine-args", type=json.loads, default={}, metavar="JSON",
+        "--engine-args", type=json_object, default={}, metavar="JSON",
         help="further arguments of vllm.LLM, such as '{\"enforce_eager\": true}'",
     )  # fmt: skip
 
@@ -105,6 +105,23 @@ def settings_from(args: argparse.Namespace, config: type[ReplicaConfig]) -> dict
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """The type of an option that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object, such as '{{\"key\": true}}'")
+    return value
+
+
 def _mix(text: str) -> dict[float, float]:
-    pairs = (part.split("=") for part in text.split(","))
-    return {float(temperature): float(weight) for temperature, weight in pairs}
+    pairs = [part.split("=") for part in text.split(",")]
+    try:
+        mix = {float(temperature): float(weight) for temperature, weight in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text}: give temperatures with their weights, as in 0=0.4,0.7=0.6"
+        ) from error
+    return mix

@@ -109,6 +109,31 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def choose_device(device: str | None) -> torch.device:
+    """The device of ``--device``.
+
+    Args:
+        device: ``"cuda"``, ``"cpu"``; None takes CUDA where there is some.
+
+    Raises:
+        ValueError: it is neither, or there is no such GPU.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {device}: use cuda or cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here; "
+            "`vllm-eagle3 doctor` says what is installed, --device cpu trains without one"
+        )
+    return chosen
+
+
 @contextmanager
 def joined(device: str | None) -> Iterator[tuple[World, torch.device]]:
     """Join the processes that ``torchrun`` started, if it started this one.
@@ -117,17 +142,16 @@ def joined(device: str | None) -> Iterator[tuple[World, torch.device]]:
     who may be waiting for this process. Once this process ends, ``torchrun`` ends the others.
 
     Args:
-        device: ``"cuda"``, ``"cpu"``; None takes CUDA where there is some.
+        device: as :func:`choose_device` takes it.
 
     Raises:
-        ValueError: more processes on this machine than GPUs.
+        ValueError: no such device, or more processes on this machine than GPUs.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield World(), torch.device(kind)
+        yield World(), chosen
         return
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    chosen = torch.device(kind)
     if chosen.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from vllm_eagle3.corpus import read_corpus, write_json
-from vllm_eagle3.files import writing
+from vllm_eagle3.files import make_out_folder
 from vllm_eagle3.train import checkpoints, fingerprint, interruption
 from vllm_eagle3.train.card import model_card
 from vllm_eagle3.train.clock import Clock
@@ -87,8 +87,7 @@ class _Trainer:
     ) -> None:
         self.config, self.out_dir, self.device, self.world = config, out_dir, device, world
         self.target_name, self.data_dirs = str(target), data_dirs
-        with writing(out_dir):
-            out_dir.mkdir(parents=True, exist_ok=True)
+        make_out_folder(out_dir)
         torch.manual_seed(config.seed)
         corpus = read_corpus(*data_dirs)
         self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
