@@ -6,6 +6,7 @@ not fit, spread over the processes layer by layer with FSDP2's ``fully_shard``.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _SYNC_BUFFERS = (
 )
 # The others wait while the main process evaluates and writes.
 _PATIENCE = timedelta(hours=2)
+_GRACE = 5.0  # seconds in which torchrun ends the others, once a process has failed
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,21 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@contextmanager
+def failing_once() -> Iterator[None]:
+    """Let the first process of a machine report what fails in all of them.
+
+    The others hold their exceptions back until ``torchrun`` ends them, as it does once the first
+    has failed. One that is not ended has failed by itself: its exception goes on.
+    """
+    try:
+        yield
+    except Exception:
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            time.sleep(_GRACE)
+        raise
+
+
 def choose_device(device: str | None) -> torch.device:
     """The device of ``--device``.
 
@@ -154,10 +171,11 @@ def joined(device: str | None) -> Iterator[tuple[World, torch.device]]:
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     if chosen.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
+        processes = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        if processes > torch.cuda.device_count():
             raise ValueError(
-                f"process {local} of this machine has no GPU of its own: start torchrun with "
-                f"--nproc-per-node {torch.cuda.device_count()}"
+                f"not each of the {processes} processes of this machine has a GPU of its own: "
+                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
             )
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)

@@ -17,7 +17,7 @@ from vllm_eagle3.train import checkpoints, fingerprint, interruption
 from vllm_eagle3.train.card import model_card
 from vllm_eagle3.train.clock import Clock
 from vllm_eagle3.train.data import split_held_out
-from vllm_eagle3.train.distributed import World, is_main_process, joined
+from vllm_eagle3.train.distributed import World, failing_once, is_main_process, joined
 from vllm_eagle3.train.evaluation import Evaluation, evaluate
 from vllm_eagle3.train.export import export
 from vllm_eagle3.train.features import read_target_config
@@ -32,8 +32,9 @@ __all__ = ["TrainConfig", "add_arguments", "run", "train"]
 
 def run(args: argparse.Namespace) -> None:
     """The command ``vllm-eagle3 train``."""
-    config = config_from_arguments(args)
-    out_dir = train(args.target, args.data, args.out, config, args.device, args.resume)
+    with failing_once():
+        config = config_from_arguments(args)
+        out_dir = train(args.target, args.data, args.out, config, args.device, args.resume)
     if is_main_process():
         print(f"wrote {out_dir}")
 
