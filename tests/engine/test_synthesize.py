@@ -172,8 +172,8 @@ def test_a_target_that_is_not_there_leaves_nothing_behind(
     [
         (("--kinds", "nope.json"), "nope.json is no list of kinds"),
         (("--kinds", "bad.json"), "unexpected keyword argument 'colour'"),
-        (("--engine-args", "{bad"), "{bad is not JSON: "),
-        (("--engine-args", "[1]"), "[1] is no JSON object, such as"),
+        (("--engine-args", "{bad"), "{bad is no JSON object: write it as in"),
+        (("--engine-args", "[1]"), "[1] is no JSON object: write it as in"),
         (("--answer-temperatures", "0.7"), "0.7: give temperatures with their weights, as in 0="),
     ],
 )

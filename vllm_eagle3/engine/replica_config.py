@@ -109,10 +109,12 @@ def json_object(text: str) -> dict[str, Any]:
     """The type of an option that is a JSON object."""
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is not JSON: {error}") from error
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text} is no JSON object, such as '{{\"key\": true}}'")
+        raise argparse.ArgumentTypeError(
+            f"{text} is no JSON object: write it as in '{{\"enforce_eager\": true}}'"
+        )
     return value
 
 

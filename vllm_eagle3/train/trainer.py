@@ -88,9 +88,9 @@ class _Trainer:
     ) -> None:
         self.config, self.out_dir, self.device, self.world = config, out_dir, device, world
         self.target_name, self.data_dirs = str(target), data_dirs
-        make_out_folder(out_dir)
         torch.manual_seed(config.seed)
         corpus = read_corpus(*data_dirs)
+        make_out_folder(out_dir)
         self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
         self.learner = Learner(target, self.documents, config, device, world, self.held_out)
         self.inputs = {
