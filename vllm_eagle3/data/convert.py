@@ -12,13 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle3.corpus import (
-    METADATA_FILE,
-    Document,
-    shard_paths,
-    write_json,
-    write_shard,
-)
+from vllm_eagle3.corpus import METADATA_FILE, Document, shard_paths, write_json, write_shard
 from vllm_eagle3.data.duplicates import EvaluationSets
 from vllm_eagle3.data.formats import Chat, ChatFile, read_chats
 from vllm_eagle3.data.masks import ChatTemplate
