@@ -21,11 +21,11 @@ MAY_IMPORT = {
     "config": {"paths"},
     "files": set(),
     "corpus": {"files"},
-    "data": {"corpus", "files"},
+    "data": {"corpus", "files", "heads"},
     "tree": {"config", "paths"},
     "ops": {"config", "tree"},
     "heads": {"config", "files"},
-    "engine": {"config", "corpus", "data", "heads", "tree", "ops"},
+    "engine": {"config", "corpus", "data", "files", "heads", "tree", "ops"},
     "train": {"config", "corpus", "data", "files", "heads", "ops", "tree"},
 }
 ANYTHING = {"bench", "cli", "demo"}

@@ -126,13 +126,14 @@ def test_an_interrupted_training_goes_on_and_its_head_is_served_by_its_method(fo
     def run(fail: str = "") -> tuple[int, list[str]]:
         (folder / "calls").unlink(missing_ok=True)
         script = ["bash", EXAMPLES / "train_head.sh", "target", "head"]
-        env = environment(folder, fail, {"OBJECTIVE": "eagle1"})
+        env = environment(folder, fail, {"OBJECTIVE": "eagle1", "REPLICAS": "3"})
         code = subprocess.run(script, cwd=folder, env=env, timeout=60, check=False).returncode
         return code, (folder / "calls").read_text().splitlines()
 
     code, calls = run(fail="^ train ")
     assert (code, [call.split()[0] for call in calls]) == (1, ["data", "train"])
-    assert "--objective eagle1" in calls[1]
+    assert "--minutes 6 --replicas 3 " in calls[0]
+    assert "--objective eagle1 --epochs 200 --minutes 8" in calls[1]
     assert "--resume" not in calls[1]
     (folder / "head" / "training_state.pt").touch()
     (folder / "head-data" / "metadata.json").touch()

@@ -77,17 +77,32 @@ def read_shard(path: Path) -> list[Document]:
     return [Document(tokens[start:end], assistant[start:end]) for start, end in pairwise(offsets)]
 
 
-def read_corpus(data_dir: Path) -> list[Document]:
-    """All documents of ``data_dir``, in the order of the shards' names.
+def read_corpus(*data_dirs: Path) -> list[Document]:
+    """All documents of ``data_dirs``, folder by folder, in the order of the shards' names.
 
     Raises:
-        ValueError: there is no shard.
+        ValueError: a folder is missing, has no shard, or is given twice, or it is a file.
     """
-    documents = [d for path in shard_paths(data_dir) for d in read_shard(path)]
-    if not documents:
-        raise ValueError(
-            f"{data_dir} holds no training data: make some with `vllm-eagle3 data synth`"
-        )
+    documents: list[Document] = []
+    known: set[Path] = set()
+    for data_dir in map(Path, data_dirs):
+        if data_dir.is_file():
+            raise ValueError(
+                f"{data_dir} is a file: give a folder of shards; `vllm-eagle3 data convert` makes "
+                "one of conversations"
+            )
+        if not data_dir.is_dir():
+            raise ValueError(f"{data_dir}: no such folder")
+        if data_dir.resolve() in known:
+            raise ValueError(f"{data_dir} is given twice")
+        known.add(data_dir.resolve())
+        found = [d for path in shard_paths(data_dir) for d in read_shard(path)]
+        if not found:
+            raise ValueError(
+                f"{data_dir} holds no training data: make some with `vllm-eagle3 data synth`, "
+                "`data regenerate` or `data convert`"
+            )
+        documents += found
     return documents
 
 

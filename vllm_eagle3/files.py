@@ -67,6 +67,21 @@ def flush_folder(folder: Path) -> None:
         _flush(folder)
 
 
+def make_out_folder(path: Path, remedy: str = DEFAULT_REMEDY) -> None:
+    """Make the folder of ``--out``, where there is none.
+
+    Args:
+        remedy: what the user can do where it cannot be made.
+
+    Raises:
+        ValueError: it is a file, or cannot be made.
+    """
+    if path.is_file():
+        raise ValueError(f"--out {path} is a file: give a folder")
+    with writing(path, remedy):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

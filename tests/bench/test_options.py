@@ -20,10 +20,10 @@ from vllm_eagle3.bench import (
 from vllm_eagle3.bench.options import (
     add_configurations,
     check_positive,
-    json_object,
     recorded,
     select,
 )
+from vllm_eagle3.engine.replica_config import json_object
 
 
 def options(**given):

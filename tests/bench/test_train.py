@@ -83,7 +83,7 @@ def test_the_command_measures_both_in_processes_of_their_own(
 @pytest.mark.parametrize("name", ["recomputed", "padded"])
 def test_the_other_sides_are_settings_of_the_trainer(paths: tuple[Path, Path], name: str) -> None:
     config = SETTINGS | SIDES[name]
-    assert measure(Job(str(paths[0]), paths[1], config, "cpu", 0, 1, None))["step_tokens"][0] > 0
+    assert measure(Job(str(paths[0]), [paths[1]], config, "cpu", 0, 1, None))["step_tokens"][0] > 0
 
 
 def test_a_side_without_enough_memory_is_told_apart() -> None:

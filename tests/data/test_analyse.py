@@ -144,3 +144,34 @@ def test_mistakes_are_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     shard.write_bytes(shard.read_bytes()[:-5])
     with pytest.raises(ValueError, match=shard.name):
         analyse(data)
+
+
+def test_several_folders_are_analysed_as_one_and_their_place_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 1), ("b", 2)):
+        write_corpus(tmp_path / name, chats(["farm"], 4, seed=seed))
+    assert cli.main(["data", "analyse", "a", "b"]) == 2
+    assert cli.main(["data", "analyse", "a", "--out", "nowhere/x.json"]) == 2
+    assert cli.main(["data", "analyse", "a", "--out", "b"]) == 2
+    shown = capsys.readouterr()
+    assert "documents" not in shown.out  # before the work
+    for message in ("give --out", "no such folder as nowhere", "--out b is a folder"):
+        assert message in shown.err
+    assert cli.main(["data", "analyse", "a", "b", "--out", "both.json"]) == 0
+    assert json.loads(Path("both.json").read_text())["documents"] == 8
+
+
+def test_a_draft_vocabulary_is_at_most_the_targets(tmp_path: Path) -> None:
+    tokens = np.array([0, 5, 4999, 5, 7])
+    (tmp_path / "data").mkdir()
+    write_shard(tmp_path / "data" / "shard-0.safetensors", [Document(tokens, tokens > 0)] * 2)
+
+    def sizes(tokenizer: object = None) -> list[int]:
+        return [
+            row["size"] for row in analyse(tmp_path / "data", tokenizer=tokenizer)["vocabulary"]
+        ]
+
+    assert sizes() == [2048, 4096]
+    assert sizes(byte_tokenizer(vocab_size=9000)) == [2048, 4096, 8192]

@@ -97,3 +97,18 @@ def test_nothing_to_use_says_why(tmp_path: Path) -> None:
     given = write(tmp_path / "log.jsonl", [("user", "And?")])
     with pytest.raises(ValueError, match=r"no conversation can be used \(.*line 1: no answer\)"):
         convert([given], byte_tokenizer(), tmp_path / "out")
+
+
+def test_a_folder_for_a_file_and_a_file_for_a_folder_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "target")
+    given = write(tmp_path / "log.jsonl", TWO_TURNS)
+    for conversations, out, message in (
+        (tmp_path, tmp_path / "out", f"{tmp_path} is a folder: give files of JSON lines"),
+        (given, given, f"--out {given} is a file: give a folder"),
+    ):
+        command = ["data", "convert", str(conversations), "--out", str(out)]
+        assert cli.main([*command, "--target", str(tmp_path / "target")]) == 2
+        assert message in capsys.readouterr().err
+    assert given.is_file()

@@ -73,3 +73,18 @@ def test_what_is_no_such_gguf_is_refused(tmp_path: Path) -> None:
 def test_generation_stops_at_the_end_of_a_turn_and_of_a_document(checkpoint: Path) -> None:
     stored = json.loads((checkpoint / "generation_config.json").read_text())
     assert stored["eos_token_id"] == [2, 0]
+
+
+def test_a_conversion_replaces_itself_but_no_other_checkpoint(tmp_path: Path) -> None:
+    smollm2.convert(tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()  # as an interruption leaves it
+    smollm2.convert(tmp_path / "out", dtype="float32")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == "float32"
+    head, weights = tmp_path / "head", tmp_path / "weights"
+    for folder, name in ((head, "config.json"), (weights, "pytorch_model.bin")):
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(config | {"draft_vocab_size": 8192}))
+        with pytest.raises(ValueError, match="holds a checkpoint already: give another OUT"):
+            smollm2.convert(folder)
+        assert [path.name for path in folder.iterdir()] == [name]

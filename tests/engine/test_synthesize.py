@@ -8,6 +8,7 @@ import pytest
 
 from tests.data.tokenizers import byte_tokenizer
 from tests.engine.scripted import ScriptedEngine
+from vllm_eagle3 import cli
 from vllm_eagle3.corpus import Document, read_corpus
 from vllm_eagle3.engine import replica
 from vllm_eagle3.engine.conversation import Kind
@@ -133,6 +134,7 @@ def test_a_folder_takes_shards_of_one_target_and_one_set_of_settings(
     for name, change in changes.items():
         with pytest.raises(ValueError, match=f"another setting of {name} .*another folder"):
             synthesize(target, out, replace(config, **change))
+    byte_tokenizer().save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="another setting of target"):
         synthesize(str(tmp_path / "other"), out, config)
     assert {path.name: path.read_bytes() for path in out.glob("shard-*")} == kept
@@ -149,3 +151,48 @@ def test_long_turns_are_written_whole(
     synthesize(target, tmp_path / "out", SynthConfig(tokens=400, **SETTINGS))
     texts = [byte_tokenizer().decode(d.tokens) for d in read_corpus(tmp_path / "out")]
     assert any(question in text for text in texts)
+
+
+@pytest.mark.parametrize("command", [["synth"], ["regenerate", "prompts.jsonl"]])
+def test_a_target_that_is_not_there_leaves_nothing_behind(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('{"prompt": "How tall is it?"}\n')
+    assert cli.main(["data", *command, "--target", "./nope", "--out", "out"]) == 2
+    assert capsys.readouterr().err == "vllm-eagle3: --target ./nope: no such folder\n"
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--kinds", "nope.json"), "nope.json is no list of kinds"),
+        (("--kinds", "bad.json"), "unexpected keyword argument 'colour'"),
+        (("--engine-args", "{bad"), "{bad is no JSON object: write it as in"),
+        (("--engine-args", "[1]"), "[1] is no JSON object: write it as in"),
+        (("--answer-temperatures", "0.7"), "0.7: give temperatures with their weights, as in 0="),
+    ],
+)
+def test_options_of_another_form_are_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: tuple[str, str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text('[{"name": "chat", "colour": "red"}]')
+    with pytest.raises(SystemExit):
+        cli.main(["data", "synth", "--target", "target", "--out", "out", *option])
+    assert f"argument {option[0]}: " in (shown := capsys.readouterr().err)
+    assert message in shown
+
+
+def test_a_file_is_no_folder_for_shards(tmp_path: Path, target: str) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        synthesize(target, tmp_path / "out")

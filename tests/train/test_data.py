@@ -109,3 +109,20 @@ def test_the_draft_vocabulary_is_what_the_assistant_writes_most() -> None:
     assert coverage == pytest.approx(5 / 6)
     with pytest.raises(ValueError, match="draft_vocab_size=13"):
         frequent_tokens([Document(tokens, assistant)], 12, 13, always=[2])
+
+
+def test_folders_are_read_one_after_another_and_mistakes_are_named(tmp_path: Path) -> None:
+    documents = small.documents(12)
+    for name, part in (("b", documents[:7]), ("a", documents[7:])):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "shard-00-00000.safetensors", part)
+    assert contents(read_corpus(tmp_path / "b", tmp_path / "a")) == contents(documents)
+    (tmp_path / "chats.jsonl").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for name, message in (
+        ("chats.jsonl", "is a file: .*`vllm-eagle3 data convert`"),
+        ("nowhere", "nowhere: no such folder"),
+        ("link", "link is given twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_corpus(tmp_path / "a", tmp_path / name)

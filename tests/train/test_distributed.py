@@ -1,6 +1,8 @@
 """Several processes: they equal one that reads the same step in as many parts."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from tests.train import small
 from tests.train.processes import Pair, pair
 from vllm_eagle3.corpus import write_shard
-from vllm_eagle3.train.distributed import World, joined
+from vllm_eagle3.train.distributed import World, failing_once, joined
 from vllm_eagle3.train.loader import Loader
 from vllm_eagle3.train.settings import TrainConfig
 from vllm_eagle3.train.trainer import train
@@ -100,7 +102,7 @@ def test_a_sharded_target_gives_the_same_losses_and_predictions(
     alone, together = tmp_path / "one", tmp_path / "two"
     # One epoch to its end, where one of the two has nothing left to read.
     options = {"steps": 100, "epochs": 1, "eval_documents": 2, "eval_chain": 2}
-    flags = ("--shard-target", "--no-packing", "--eval-tree", "6", "2", "4")
+    flags = ("--shard-target", "--no-packing", "--eval-tree", "6/2/4")
     with two(paths, together, *flags, **options) as both:
         settings = OPTIONS | options | {"eval_tree": (6, 2, 4), "packing": False}
         train(*paths, alone, TrainConfig(**settings, accumulate=2), "cpu")
@@ -210,3 +212,30 @@ def test_a_step_whose_parts_would_cut_a_document_is_refused() -> None:
     for enough in (few | {"batch_tokens": 4 * longest}, few | {"max_length": longest - 1}):
         for packing in (True, False):
             Loader(documents, TrainConfig(**enough, packing=packing), World(1, 2)).first()
+
+
+def test_a_mistake_is_reported_by_one_of_the_processes(paths: tuple[Path, Path]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "vllm_eagle3.cli", "train", "--target", str(paths[0]), "--data", "nowhere"]
+    ended = subprocess.run(
+        [*command, "--out", str(paths[0]), "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert ended.stderr.count("vllm-eagle3: ") == 1, ended.stderr
+    assert "holds a checkpoint already" in ended.stderr
+
+
+@pytest.mark.parametrize(("rank", "waited"), [("0", []), ("1", [5.0])])
+def test_what_fails_in_one_process_alone_is_reported_too(
+    rank: str, waited: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    with pytest.raises(ValueError, match="mine"), failing_once():
+        raise ValueError("mine")
+    assert slept == waited

@@ -135,3 +135,49 @@ def test_shards_and_figures_of_data_name_what_a_full_disk_kept_from_being_writte
     assert "documents" in shown.out  # the tables are printed before
     assert cli.main(["data", "analyse", str(data)]) == 0
     assert json.loads((data / "analysis.json").read_text())["documents"] == 60
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_head_is_not_overwritten(
+    name: str, target: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("another's")
+    assert train(target, data, out) == 2
+    assert f"{out} holds a checkpoint already: give another --out" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "another's")]
+
+
+def test_a_head_learns_from_several_folders(target: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").mkdir()
+    write_shard(tmp_path / "more" / "shard-00-00000.safetensors", small.documents(9))
+    out = tmp_path / "out"
+    paths = ("--target", str(target), "--data", str(data), str(tmp_path / "more"))
+    assert cli.main(["train", *paths, "--out", str(out), *OPTIONS]) == 0
+    state = torch.load(out / "training_state.pt", weights_only=True)
+    assert state["inputs"]["data"].startswith("69 documents, ")
+    assert train(target, data, out, "--resume") == 2  # other data
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "--device gpu: use cuda or cpu"), ("cuda:99", "--device cuda:99: torch sees ")],
+)
+def test_a_device_that_is_not_there_is_named(
+    device: str, message: str, target: Path, data: Path, tmp_path: Path, capsys
+) -> None:
+    assert train(target, data, tmp_path / "out", "--device", device) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_conversations_are_no_shards_and_a_file_is_no_place_for_a_head(
+    target: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = tmp_path / "chats.jsonl"
+    chats.touch()
+    assert train(target, chats, tmp_path / "out") == 2
+    assert f"{chats} is a file: give a folder of shards" in capsys.readouterr().err
+    assert train(target, data, chats) == 2
+    assert f"--out {chats} is a file: give a folder" in capsys.readouterr().err

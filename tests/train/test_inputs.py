@@ -1,5 +1,6 @@
 """What a run takes: which settings, targets, data and folders to write to."""
 
+import argparse
 import json
 from math import nan
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.train import small
 from vllm_eagle3.corpus import Document, write_shard
 from vllm_eagle3.train import fingerprint
 from vllm_eagle3.train.features import Target
+from vllm_eagle3.train.settings import add_arguments, config_from_arguments
 from vllm_eagle3.train.trainer import TrainConfig, train
 
 OPTIONS = {"draft_vocab_size": 80, "batch_tokens": 512, "num_ttt_steps": 2, "eval_documents": 0}
@@ -112,3 +114,33 @@ def test_a_setting_out_of_its_range_is_named(
             TrainConfig(**{setting: value})
     for value in accepted:
         assert 0 < TrainConfig(**{setting: value}).rate(0.5) < 1e-3
+
+
+@pytest.mark.parametrize(("text", "shape"), [("6/2/4", (6, 2, 4)), ("31", (31, 5, 16))])
+def test_the_tree_of_the_evaluation_is_named_as_elsewhere(
+    text: str, shape: tuple[int, int, int]
+) -> None:
+    assert parsed("--eval-tree", text).eval_tree == shape
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("6/2", "6/2: give the number"),
+        ("6,2,4", "as in 31/5/16"),
+        ("6/1/4", "argument --eval-tree: 6/1/4: "),
+    ],
+)
+def test_a_tree_of_another_form_is_named(
+    text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--eval-tree", text)
+    assert message in capsys.readouterr().err
+
+
+def parsed(*options: str) -> TrainConfig:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    paths = ("--target", "target", "--data", "data", "--out", "out")
+    return config_from_arguments(parser.parse_args([*paths, *options]))

@@ -1,7 +1,6 @@
 """Options that several benchmarks share."""
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, parse_tree
 from vllm_eagle3.bench.questions import DEFAULT_DATA, PACKAGED
+from vllm_eagle3.engine.replica_config import json_object
 from vllm_eagle3.paths import PUBLISHED
 
 _DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # vLLM's
@@ -103,19 +103,6 @@ def temperature(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no temperature: give 0 (greedy) or more")
-    return value
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """The type of an option that is a JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(
-            f"{text} is no JSON object: write it as in '{{\"block_size\": 32}}'"
-        )
     return value
 
 

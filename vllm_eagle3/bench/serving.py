@@ -31,7 +31,6 @@ from vllm_eagle3.bench.options import (
     add_dtype,
     add_pair,
     check_positive,
-    json_object,
     recorded,
     select,
     temperature,
@@ -42,6 +41,7 @@ from vllm_eagle3.bench.questions import Question, load_questions
 from vllm_eagle3.bench.schedule import rotation, take_turns
 from vllm_eagle3.bench.servers import Server, run_client, write_dataset
 from vllm_eagle3.bench.serving_report import FIGURES, render, summarize
+from vllm_eagle3.engine.replica_config import json_object
 
 _AT_ONCE = [1, 4, 16]
 _KEPT = (

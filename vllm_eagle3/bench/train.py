@@ -41,7 +41,7 @@ class Job:
     """
 
     target: str
-    data: Path
+    data: list[Path]
     config: dict[str, Any]
     device: str | None
     warmup: int
@@ -53,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add("--target", required=True, help="a Llama checkpoint, folder or hub name")
-    add("--data", required=True, type=Path, help="folder of `data synth`")
+    add(
+        "--data", required=True, type=Path, nargs="+", metavar="DIR",
+        help="folders of `data synth`, `data regenerate` or `data convert`",
+    )  # fmt: skip
     add("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), help="default: all")
     add("--batch-tokens", type=int, default=32768, help="tokens of an optimiser step (32768)")
     add("--accumulate", type=int, default=1, help="parts that our sides read a step in (1)")
@@ -116,9 +119,10 @@ def measure(job: Job) -> dict[str, Any]:
     """
     import torch
 
+    from vllm_eagle3.train.distributed import choose_device
     from vllm_eagle3.train.logs import peak_memory_gib
 
-    device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(job.device)
     seconds, tokens, slots, largest = [], [], [], 0
     try:
         steps = _steps(job, device)
@@ -162,7 +166,7 @@ def _steps(job: Job, device: Any) -> Iterator[tuple[int, list[int]]]:
 
     config = TrainConfig(**job.config, epochs=1_000_000)
     torch.manual_seed(config.seed)
-    documents = read_corpus(job.data)
+    documents = read_corpus(*job.data)
     learner = Learner(job.target, documents, config, device, World())
     loader = Loader(documents, config, World(), learner.settings.num_steps)
     # The same sample for all sides: padded rows.

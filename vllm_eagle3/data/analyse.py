@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_eagle3.corpus import Document, read_shard, shard_paths, write_json
+from vllm_eagle3.corpus import Document, read_corpus, write_json
 from vllm_eagle3.data.analysis_report import report
 from vllm_eagle3.data.clusters import Clusters, typical_tokens
 from vllm_eagle3.data.formats import read_chats
@@ -31,7 +31,10 @@ _TERMS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``vllm-eagle3 data analyse``."""
-    parser.add_argument("data", type=Path, metavar="DIR", help="a folder of shards")
+    parser.add_argument(
+        "data", type=Path, nargs="+", metavar="DIR",
+        help="folders of `data synth`, `data regenerate` or `data convert`",
+    )  # fmt: skip
     parser.add_argument(
         "--log", type=Path, nargs="+", default=(), metavar="SERVING.jsonl",
         help="conversations that you serve, in any format that data regenerate reads",
@@ -42,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clusters", type=int, default=8, help="clusters of documents (8)")
     parser.add_argument("--seed", type=int, default=0, help="of the clusters (0)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE.json", help=f"where to write (DIR/{ANALYSIS_FILE})"
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help=f"where to write (DIR/{ANALYSIS_FILE}); needed for several folders",
     )
 
 
@@ -50,23 +56,29 @@ def run(args: argparse.Namespace) -> None:
     """The command ``vllm-eagle3 data analyse``."""
     if args.log and not args.target:
         raise ValueError("--log needs --target: its tokenizer makes the log comparable")
+    if args.out is None and len(args.data) > 1:
+        raise ValueError("give --out: several folders have no place of their own for the analysis")
+    out = args.out or args.data[0] / ANALYSIS_FILE
+    if args.out and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: no such folder as {out.parent}")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder: give a file in it")
     tokenizer = load_tokenizer(args.target) if args.target else None
     result = analyse(
-        args.data, tokenizer=tokenizer, log=args.log, clusters=args.clusters, seed=args.seed
+        *args.data, tokenizer=tokenizer, log=args.log, clusters=args.clusters, seed=args.seed
     )
     print(report(result))
-    write_json(args.out or args.data / ANALYSIS_FILE, result)
+    write_json(out, result)
 
 
 def analyse(
-    data_dir: Path,
-    *,
+    *data_dirs: Path,
     tokenizer: Any = None,
     log: Sequence[Path] = (),
     clusters: int = 8,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Figures of the shards in ``data_dir``, beside those of a serving ``log``.
+    """Figures of the shards in ``data_dirs``, beside those of a serving ``log``.
 
     Shares are between 0 and 1. What a tenth of the data shares with the rest is the yardstick
     for what the log shares with it.
@@ -81,12 +93,7 @@ def analyse(
         raise ValueError(f"clusters={clusters} must be at least 1")
     if log and tokenizer is None:
         raise ValueError("a log needs the target's tokenizer")
-    documents = [d for path in shard_paths(data_dir) for d in read_shard(path)]
-    if not documents:
-        raise ValueError(
-            f"{data_dir} holds no training data: make some with `vllm-eagle3 data regenerate` or"
-            " `vllm-eagle3 data synth`"
-        )
+    documents = read_corpus(*data_dirs)
     traffic = _read_log(log, tokenizer) if log else None
     answers = [[len(turn) for turn in turns_of(d, assistant=True)] for d in documents]
     result: dict[str, Any] = {
@@ -97,7 +104,7 @@ def analyse(
         "answer_tokens": quantiles([length for lengths in answers for length in lengths]),
         "turns": dict(sorted(Counter(len(lengths) for lengths in answers).items())),
         "clusters": _clusters(documents, traffic, tokenizer, clusters, seed),
-        "vocabulary": _vocabulary(documents, traffic),
+        "vocabulary": _vocabulary(documents, traffic, _vocabulary_sizes(documents, tokenizer)),
     }
     if tokenizer is not None:
         chosen = documents[:: -(-len(documents) // _SCRIPT_DOCUMENTS)]
@@ -170,18 +177,29 @@ def _terms(tokens: np.ndarray, tokenizer: Any) -> list[str]:
     return list(words)[:_TERMS]
 
 
-def _vocabulary(documents: Sequence[Document], traffic: _Traffic | None) -> list[dict[str, Any]]:
+def _vocabulary_sizes(documents: Sequence[Document], tokenizer: Any) -> list[int]:
+    """Sizes of draft vocabularies that the target's can hold: as far as known, its own size."""
+    if tokenizer is not None:
+        largest = len(tokenizer)
+    else:
+        largest = 1 + max(int(document.tokens.max()) for document in documents)
+    return [size for size in VOCABULARY_SIZES if size <= largest] or [largest]
+
+
+def _vocabulary(
+    documents: Sequence[Document], traffic: _Traffic | None, sizes: Sequence[int]
+) -> list[dict[str, Any]]:
     """What the most frequent tokens of the answers cover, by the size of a draft vocabulary."""
     written = [document.tokens[document.assistant] for document in documents]
     rest, held_out = _split(written)
-    log = [None] * len(VOCABULARY_SIZES)
+    log = [None] * len(sizes)
     if traffic is not None and traffic.answers:
-        log = coverage(written, traffic.answers, VOCABULARY_SIZES)
-    held_out_shares = coverage(rest, held_out, VOCABULARY_SIZES) if held_out else [None] * len(log)
-    columns = (coverage(written, written, VOCABULARY_SIZES), held_out_shares, log)
+        log = coverage(written, traffic.answers, sizes)
+    held_out_shares = coverage(rest, held_out, sizes) if held_out else [None] * len(log)
+    columns = (coverage(written, written, sizes), held_out_shares, log)
     return [
         {"size": size, "data": data, "held_out": held, "log": served}
-        for size, data, held, served in zip(VOCABULARY_SIZES, *columns, strict=True)
+        for size, data, held, served in zip(sizes, *columns, strict=True)
     ]
 
 

@@ -16,8 +16,8 @@ from vllm_eagle3.corpus import METADATA_FILE, Document, shard_paths, write_json,
 from vllm_eagle3.data.duplicates import EvaluationSets
 from vllm_eagle3.data.formats import Chat, ChatFile, read_chats
 from vllm_eagle3.data.masks import ChatTemplate
-from vllm_eagle3.data.target import load_tokenizer
-from vllm_eagle3.files import writing
+from vllm_eagle3.data.target import tokenizer_for_data
+from vllm_eagle3.files import make_out_folder
 
 REPEATED = "repeated conversation"
 UNANSWERED = "no answer"
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """The command ``vllm-eagle3 data convert``."""
     config = ConvertConfig(args.max_turns, args.shard_documents, tuple(args.exclude))
-    tokenizer = load_tokenizer(args.target)
+    tokenizer = tokenizer_for_data(args.target)
     metadata = convert(
         args.conversations, tokenizer, args.out, config, target=Path(args.target).name
     )
@@ -108,8 +108,7 @@ def convert(
     given = read_chats(paths)
     chats = [_first_turns(chat, config.max_turns) for chat in given.chats]
     template = ChatTemplate(tokenizer, turns=max(len(chat.answers) for chat in chats) or 1)
-    with writing(out_dir):
-        out_dir.mkdir(parents=True, exist_ok=True)
+    make_out_folder(out_dir)
     kept, left_out = Counter(), {}
     documents = _documents(chats, template, EvaluationSets.from_files(config.exclude), left_out)
     written: list[Path] = []

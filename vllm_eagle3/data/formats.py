@@ -75,13 +75,15 @@ def read_chats(paths: Iterable[str | Path]) -> ChatFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file is not UTF-8, or no line of any file can be read.
+        ValueError: a path is a folder, or no line of any file can be read.
     """
     chats: list[Chat] = []
     unreadable: list[str] = []
     names: list[str] = []
     paths = [Path(path) for path in paths]
     for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give files of JSON lines")
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():

@@ -56,7 +56,7 @@ def convert(out_dir: Path, gguf_path: Path | None = None, dtype: str = "bfloat16
 
     Raises:
         ValueError: the package or file is missing, the GGUF is not a Llama with a GPT-2
-            tokenizer, or ``dtype`` is neither of the two.
+            tokenizer, ``dtype`` is neither of the two, or ``out_dir`` holds another checkpoint.
     """
     import torch
     from gguf import GGUFReader
@@ -76,18 +76,33 @@ def convert(out_dir: Path, gguf_path: Path | None = None, dtype: str = "bfloat16
             f"{path.name} holds architecture {kind[0]!r} with tokenizer {kind[1]!r}: "
             "only 'llama' with a 'gpt2' tokenizer can be converted"
         )
-    out_dir = Path(out_dir)
+    out_dir, config = Path(out_dir), _config(fields, dtype)
+    _refuse_another_checkpoint(out_dir, config)
     out_dir.mkdir(parents=True, exist_ok=True)
-    config = _config(fields, dtype)
+    # First: by it an interrupted conversion is known, and made again.
+    _write_json(out_dir / "config.json", config)
     weights = {
         name: weight.to(dtypes[dtype]).contiguous()
         for name, weight in _weights(reader, config).items()
     }
     save_file(weights, out_dir / "model.safetensors", metadata={"format": "pt"})
-    _write_json(out_dir / "config.json", config)
     _write_json(out_dir / "generation_config.json", _generation_config(fields))
     _write_tokenizer(out_dir, fields)
     return out_dir
+
+
+def _refuse_another_checkpoint(out_dir: Path, config: dict[str, Any]) -> None:
+    """A conversion of the same model, in whichever type, may be replaced; nothing else may."""
+    weights = any((out_dir / n).exists() for n in ("model.safetensors", "pytorch_model.bin"))
+    path = out_dir / "config.json"
+    if not path.exists() and not weights:
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    if not isinstance(before, dict) or before | {"torch_dtype": config["torch_dtype"]} != config:
+        raise ValueError(f"{out_dir} holds a checkpoint already: give another OUT")
 
 
 def _packaged_gguf() -> Path:

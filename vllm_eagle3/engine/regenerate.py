@@ -19,9 +19,15 @@ from typing import Any
 from vllm_eagle3.corpus import METADATA_FILE, write_json
 from vllm_eagle3.data.duplicates import EvaluationSets
 from vllm_eagle3.data.formats import Chat, ChatFile, read_chats
+from vllm_eagle3.data.target import tokenizer_for_data
 from vllm_eagle3.engine.answered import read_answered
 from vllm_eagle3.engine.regenerate_replica import RegenerateConfig, RegenerateReplica
-from vllm_eagle3.engine.replica_config import add_replica_arguments, add_setting, settings_from
+from vllm_eagle3.engine.replica_config import (
+    add_replica_arguments,
+    add_setting,
+    json_object,
+    settings_from,
+)
 from vllm_eagle3.engine.replica_processes import Progress, raise_failed, run_replicas, statuses
 from vllm_eagle3.engine.run_folder import claim_folder
 from vllm_eagle3.engine.shard_writer import REMEDY
@@ -44,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_setting(parser, default, "max_turns", int, "user turns that are answered, at most")
     add_setting(parser, default, "top_p", float, "of answers")
     parser.add_argument(
-        "--template", type=json.loads, default={}, metavar="JSON",
+        "--template", type=json_object, default={}, metavar="JSON",
         help="further variables of the chat template, such as '{\"enable_thinking\": false}'",
     )  # fmt: skip
 
@@ -67,8 +73,8 @@ def regenerate(
 
     Raises:
         FileNotFoundError: no such file of prompts.
-        ValueError: no readable prompt, an unsuitable chat template, a damaged shard, a full
-            disk, or a folder that holds other data.
+        ValueError: no such target, no readable prompt, an unsuitable chat template, a damaged
+            shard, a full disk, or a folder that holds other data.
         RuntimeError: a replica failed.
     """
     config, out_dir = config or RegenerateConfig(), Path(out_dir)
@@ -76,6 +82,7 @@ def regenerate(
     for line in given.unreadable[:5]:
         print(f"left out: {line}", file=sys.stderr)
     wanted, left_out = _choose(given.chats, EvaluationSets.from_files(config.exclude))
+    tokenizer_for_data(target)  # fails here, before anything is written
     claim_folder(out_dir, RUN_FILE, _identity(given.chats, target, config))
     answered = read_answered(out_dir)
     pending = [number for number in wanted if number not in answered.prompts]
@@ -102,7 +109,7 @@ def regenerate(
         progress = Progress(
             out_dir, "answering", "conversations", len(wanted), len(wanted) - len(pending)
         )
-        failed = run_replicas(makers, progress, deadline)
+        failed = run_replicas(makers, progress, deadline, config.gpus_each)
     metadata = _finish(target, out_dir, config, given, left_out, time.time() - started)
     raise_failed(failed)
     return metadata

@@ -12,7 +12,7 @@ from vllm_eagle3.engine.replica_config import ReplicaConfig
 from vllm_eagle3.engine.shard_writer import REMEDY, add_shard, next_shard_path
 from vllm_eagle3.engine.turn import Completion, Turn
 
-_DEVICE_SHARE = 0.85  # of the memory, for all replicas together
+_DEVICE_SHARE = 0.85  # of a GPU's memory, for all replicas on it
 
 
 class Replica(ABC):
@@ -21,7 +21,10 @@ class Replica(ABC):
     Attributes:
         finished: documents that no shard holds yet, each with a label for the statistics.
         tokens: of what this replica has written into shards.
+        sharing: replicas on this one's GPU, itself included.
     """
+
+    sharing = 1
 
     def __init__(
         self, target: str, out_dir: Path, config: ReplicaConfig, index: int, started: float
@@ -111,10 +114,10 @@ class Replica(ABC):
             "seed": self.rng.randrange(2**31),
             "disable_log_stats": True,
         }
-        if config.replicas > 1:
+        if self.sharing > 1:
             # Profiling cannot tell the replicas' memory apart; a fixed share can.
-            arguments["gpu_memory_utilization"] = _DEVICE_SHARE / config.replicas
-            arguments["kv_cache_memory_bytes"] = _kv_cache_bytes(config.replicas)
+            arguments["gpu_memory_utilization"] = _DEVICE_SHARE / self.sharing
+            arguments["kv_cache_memory_bytes"] = _kv_cache_bytes(self.sharing)
         # The engine's own loop, not LLM.generate: a finished turn makes room for the next at
         # once, and the time limit needs no full batch to end.
         self.llm = LLM(self.target, **(arguments | config.engine_args))
@@ -188,7 +191,7 @@ class Replica(ABC):
 
 
 def _kv_cache_bytes(replicas: int) -> int:
-    """A replica's share of the device, less weights, activations, graphs and context."""
+    """A replica's share of its GPU, less weights, activations, graphs and context."""
     import torch
 
     if not torch.cuda.is_available():

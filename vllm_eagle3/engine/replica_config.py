@@ -3,17 +3,18 @@
 import argparse
 import json
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaConfig:
-    """Engines that share one device.
+    """Engines that make data side by side.
 
     Attributes:
         minutes: stop after this long; what is finished by then is kept. None for no limit.
-        replicas: engines that share the device.
+        replicas: engines, spread over the visible GPUs; where there are more, they share them.
         shard_documents: documents of a shard.
         max_num_seqs: conversations in flight, each replica.
         max_model_len: tokens of a conversation, at most.
@@ -43,6 +44,12 @@ class ReplicaConfig:
         if not self.answer_temperatures:
             raise ValueError("answer_temperatures must not be empty")
 
+    @property
+    def gpus_each(self) -> int:
+        """GPUs that one engine spreads the target over."""
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+        return prod(int(self.engine_args.get(name, 1)) for name in sizes)
+
     def require_positive(self, *names: str) -> None:
         """Raise ValueError for the first of these settings that is below 1."""
         for name in names:
@@ -67,7 +74,7 @@ def add_replica_arguments(parser: argparse.ArgumentParser, default: ReplicaConfi
     parser.add_argument("--out", required=True, type=Path, help="folder for the shards")
     for name, kind, text in (
         ("minutes", float, "stop after this long, start of the engines included"),
-        ("replicas", int, "engines that share the device"),
+        ("replicas", int, "engines, spread over the GPUs"),
         ("max_num_seqs", int, "conversations in flight, each replica"),
         ("max_model_len", int, "tokens of a conversation, at most"),
         ("max_answer_tokens", int, "tokens of an answer, at most"),
@@ -87,7 +94,7 @@ def add_replica_arguments(parser: argparse.ArgumentParser, default: ReplicaConfi
         help="prompts that must not occur, besides the bundled evaluation sets",
     )  # fmt: skip
     parser.add_argument(
-        "--engine-args", type=json.loads, default={}, metavar="JSON",
+        "--engine-args", type=json_object, default={}, metavar="JSON",
         help="further arguments of vllm.LLM, such as '{\"enforce_eager\": true}'",
     )  # fmt: skip
 
@@ -98,6 +105,25 @@ def settings_from(args: argparse.Namespace, config: type[ReplicaConfig]) -> dict
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """The type of an option that is a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no JSON object: write it as in '{{\"enforce_eager\": true}}'"
+        )
+    return value
+
+
 def _mix(text: str) -> dict[float, float]:
-    pairs = (part.split("=") for part in text.split(","))
-    return {float(temperature): float(weight) for temperature, weight in pairs}
+    pairs = [part.split("=") for part in text.split(",")]
+    try:
+        mix = {float(temperature): float(weight) for temperature, weight in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text}: give temperatures with their weights, as in 0=0.4,0.7=0.6"
+        ) from error
+    return mix

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.engine.replica import Replica
+from vllm_eagle3.engine.replica_gpus import Placement, place, seeing, visible_gpus
 
 _GRACE = 60  # seconds for a replica to stop after the time limit or an interruption
 
@@ -60,9 +61,14 @@ def statuses(out_dir: Path) -> list[dict[str, Any]]:
 
 
 def run_replicas(
-    makers: Sequence[MakeReplica], progress: Progress, deadline: float | None
+    makers: Sequence[MakeReplica],
+    progress: Progress,
+    deadline: float | None,
+    gpus_each: int = 1,
 ) -> list[int]:
     """Run all replicas to their ends; returns the indices of those that failed.
+
+    Several are spread over the visible GPUs; a single one has them all.
 
     An interruption (SIGINT or SIGTERM) lets every replica write what it has finished, then
     goes on to the caller as KeyboardInterrupt.
@@ -74,7 +80,8 @@ def run_replicas(
             replica.on_report = progress.update
             replica.run()
             return []
-        return _run_processes(makers, progress, deadline)
+        placements = place(len(makers), visible_gpus(), gpus_each)
+        return _run_processes(makers, placements, progress, deadline)
     except KeyboardInterrupt:
         print(
             "interrupted: what was finished is kept, the same command goes on from it",
@@ -87,13 +94,19 @@ def run_replicas(
 
 
 def _run_processes(
-    makers: Sequence[MakeReplica], progress: Progress, deadline: float | None
+    makers: Sequence[MakeReplica],
+    placements: Sequence[Placement],
+    progress: Progress,
+    deadline: float | None,
 ) -> list[int]:
     # spawn: a forked child could not start CUDA once anything here has touched it.
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=item) for item in enumerate(makers)]
-    for worker in workers:
-        worker.start()
+    workers = []
+    for index, (make, placement) in enumerate(zip(makers, placements, strict=True)):
+        workers.append(context.Process(target=_work, args=(index, make, placement.sharing)))
+        # In the environment it starts with: vLLM and torch may read it when they are imported.
+        with seeing(placement.gpus):
+            workers[-1].start()
     try:
         while any(worker.is_alive() for worker in workers):
             time.sleep(1)
@@ -118,7 +131,7 @@ def _stop(workers: list[Any]) -> None:
         worker.join()
 
 
-def _work(index: int, make: MakeReplica) -> None:
+def _work(index: int, make: MakeReplica, sharing: int) -> None:
     """A replica in a process of its own, ended at once when its shards are written.
 
     Interpreter shutdown waits for the engine's threads and children, which can take longer
@@ -136,7 +149,9 @@ def _work(index: int, make: MakeReplica) -> None:
     signal.signal(signal.SIGTERM, interrupt)
     code = 1
     try:
-        make().run()
+        replica = make()
+        replica.sharing = sharing
+        replica.run()
         code = 0
     except ValueError as error:
         print(f"replica {index}: {error}", file=sys.stderr)

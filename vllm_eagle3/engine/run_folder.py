@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_eagle3.corpus import shard_paths, write_json
 from vllm_eagle3.engine.shard_writer import REMEDY
+from vllm_eagle3.files import make_out_folder
 
 
 def claim_folder(out_dir: Path, file_name: str, identity: dict[str, Any]) -> None:
@@ -16,7 +17,8 @@ def claim_folder(out_dir: Path, file_name: str, identity: dict[str, Any]) -> Non
         identity: what must be equal for a rerun to go on: settings as JSON values, by name.
 
     Raises:
-        ValueError: it holds the shards of another run, or the file cannot be read or written.
+        ValueError: it is a file or holds the shards of another run, or the JSON file cannot be
+            read or written.
     """
     path = out_dir / file_name
     if path.is_file():
@@ -33,5 +35,5 @@ def claim_folder(out_dir: Path, file_name: str, identity: dict[str, Any]) -> Non
         return
     if any(shard_paths(out_dir)):
         raise ValueError(f"{out_dir} holds other training data: choose another folder for --out")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    make_out_folder(out_dir, REMEDY)
     write_json(path, identity, REMEDY)

@@ -76,4 +76,9 @@ def config_from_arguments(args: argparse.Namespace) -> SynthConfig:
 
 
 def _kinds(path: str) -> tuple[Kind, ...]:
-    return tuple(Kind(**entry) for entry in json.loads(Path(path).read_text()))
+    try:
+        return tuple(Kind(**entry) for entry in json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{path} is no list of kinds of conversations as JSON objects ({error})"
+        ) from error

@@ -1,8 +1,9 @@
 """Training data written by the target itself, through vLLM's offline engine.
 
 A small target is bound by the scheduler, not by the device: several replicas, each an
-engine of its own in a process of its own, share one device. Every replica writes its own
-shards, so an interrupted run goes on where the last shard ended.
+engine of its own in a process of its own, share one GPU. Where there are several GPUs, the
+replicas are spread over them. Every replica writes its own shards, so an interrupted run goes
+on where the last shard ended.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 from vllm_eagle3.corpus import METADATA_FILE, read_shard, shard_paths, write_json
 from vllm_eagle3.data.duplicates import EvaluationSets
+from vllm_eagle3.data.target import tokenizer_for_data
 from vllm_eagle3.engine.conversation import given_questions
 from vllm_eagle3.engine.replica_processes import Progress, raise_failed, run_replicas, statuses
 from vllm_eagle3.engine.run_folder import claim_folder
@@ -44,12 +46,15 @@ def synthesize(target: str, out_dir: Path, config: SynthConfig | None = None) ->
         The content of ``metadata.json``: documents, tokens, what was dropped, speed.
 
     Raises:
-        ValueError: an unsuitable tokenizer, an unreadable file of questions, a full disk, or a
-            folder that holds other data: another target's, or of other kinds, prompts or replicas.
+        ValueError: no such target, an unsuitable tokenizer, an unreadable file of questions, a
+            full disk, or a folder that holds other data: another target's, or of other kinds,
+            prompts or replicas.
         RuntimeError: a replica failed.
     """
     config, out_dir = config or SynthConfig(), Path(out_dir)
-    EvaluationSets.from_files(config.exclude)  # fails here, before any engine starts
+    # These fail here, before anything is written and any engine starts.
+    EvaluationSets.from_files(config.exclude)
+    tokenizer_for_data(target)
     claim_folder(out_dir, RUN_FILE, _identity(target, config))
     started = time.time()
     deadline = None if config.minutes is None else started + 60 * config.minutes
@@ -58,7 +63,7 @@ def synthesize(target: str, out_dir: Path, config: SynthConfig | None = None) ->
         for index in range(config.replicas)
     ]
     progress = Progress(out_dir, "synthesis", "tokens", config.tokens)
-    failed = run_replicas(makers, progress, deadline)
+    failed = run_replicas(makers, progress, deadline, config.gpus_each)
     metadata = _finish(target, out_dir, config, time.time() - started)
     raise_failed(failed)
     return metadata

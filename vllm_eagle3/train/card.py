@@ -1,24 +1,26 @@
 """The model card that goes with a head."""
 
+import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_eagle3.corpus import METADATA_FILE
 
 
-def model_card(facts: dict[str, Any], data_dir: Path) -> str:
+def model_card(facts: dict[str, Any], data_dirs: Sequence[Path]) -> str:
     """Markdown from the facts of a run and, where there is one, the data's own account.
 
     Args:
         facts: as the trainer writes them to ``training.json``.
-        data_dir: where the data's ``metadata.json`` may lie.
+        data_dirs: where the data's ``metadata.json`` may lie.
     """
-    import json
-
     config, evaluation = facts["config"], facts["evaluation"]
-    data = {}
-    if (data_dir / METADATA_FILE).is_file():
-        data = json.loads((data_dir / METADATA_FILE).read_text())
+    accounts = list(map(_account, data_dirs))
+    kinds_of_data = dict.fromkeys(
+        data.get("description", "user turns, and the answers of the target.") for data in accounts
+    )
     name = Path(facts["target"]).name
     rows = "\n".join(
         f"| {step} | {loss:.3f} | {100 * accuracy:.1f} % | {100 * accepted:.1f} % |"
@@ -40,10 +42,10 @@ A draft head for speculative decoding, trained with `vllm-eagle3 train`. vLLM lo
 
 ## Data
 
-Of this kind: {data.get("description", "user turns, and the answers of the target.")}
+Of this kind: {" And: ".join(kinds_of_data)}
 {facts["documents"]:,} documents, {facts["tokens"]:,} tokens, of which the assistant wrote
 {facts["assistant_tokens"]:,}. {_vocabulary(facts)}
-{_counts(data)}
+{_counts(accounts)}
 ## Training
 
 {_objective(facts["method"], config)}; AdamW, peak learning rate
@@ -105,9 +107,18 @@ the roots that a server would use, verified by the target:
 """
 
 
-def _counts(data: dict[str, Any]) -> str:
-    if not data.get("documents_by_kind"):
+def _account(data_dir: Path) -> dict[str, Any]:
+    path = data_dir / METADATA_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _counts(accounts: Sequence[dict[str, Any]]) -> str:
+    by_kind, left_out = Counter(), Counter()
+    for data in accounts:
+        by_kind.update(data.get("documents_by_kind", {}))
+        left_out.update(data.get("dropped", {}))
+    if not by_kind:
         return ""
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in data["documents_by_kind"].items())
-    dropped = ", ".join(f"{why} {n:,}" for why, n in data.get("dropped", {}).items() if n)
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in by_kind.items())
+    dropped = ", ".join(f"{why} {n:,}" for why, n in left_out.items() if n)
     return f"Documents by kind: {kinds}. Dropped: {dropped or 'none'}.\n"

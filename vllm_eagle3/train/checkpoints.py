@@ -19,6 +19,8 @@ from vllm_eagle3.train.settings import TrainConfig
 STATE_FILE = "training_state.pt"
 PREVIOUS_FILE = "training_state.previous.pt"
 
+_CHECKPOINT_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
+
 # These may change between the parts of a run; what shapes the weights may not. The learning
 # rate is free because lowering it is the remedy for a loss that is no longer finite.
 _FREE = {
@@ -55,10 +57,10 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def refuse_overwriting(out_dir: Path) -> None:
-    """A new run would replace the log and the states of the one before.
+    """A new run would replace the log and the states of the one before, or a finished head.
 
     Raises:
-        ValueError: ``out_dir`` holds a state.
+        ValueError: ``out_dir`` holds a state or a checkpoint.
     """
     for path in (out_dir / STATE_FILE, out_dir / PREVIOUS_FILE):
         if path.exists():
@@ -66,6 +68,8 @@ def refuse_overwriting(out_dir: Path) -> None:
                 f"{path} is the state of a run: go on from it with --resume, or start anew in "
                 "another --out"
             )
+    if any((out_dir / name).exists() for name in _CHECKPOINT_FILES):
+        raise ValueError(f"{out_dir} holds a checkpoint already: give another --out")
 
 
 def save(

@@ -6,6 +6,7 @@ not fit, spread over the processes layer by layer with FSDP2's ``fully_shard``.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _SYNC_BUFFERS = (
 )
 # The others wait while the main process evaluates and writes.
 _PATIENCE = timedelta(hours=2)
+_GRACE = 5.0  # seconds in which torchrun ends the others, once a process has failed
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,46 @@ def is_main_process() -> bool:
 
 
 @contextmanager
+def failing_once() -> Iterator[None]:
+    """Let the first process of a machine report what fails in all of them.
+
+    The others hold their exceptions back until ``torchrun`` ends them, as it does once the first
+    has failed. One that is not ended has failed by itself: its exception goes on.
+    """
+    try:
+        yield
+    except Exception:
+        if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            time.sleep(_GRACE)
+        raise
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device of ``--device``.
+
+    Args:
+        device: ``"cuda"``, ``"cpu"``; None takes CUDA where there is some.
+
+    Raises:
+        ValueError: it is neither, or there is no such GPU.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {device}: use cuda or cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here; "
+            "`vllm-eagle3 doctor` says what is installed, --device cpu trains without one"
+        )
+    return chosen
+
+
+@contextmanager
 def joined(device: str | None) -> Iterator[tuple[World, torch.device]]:
     """Join the processes that ``torchrun`` started, if it started this one.
 
@@ -117,23 +159,23 @@ def joined(device: str | None) -> Iterator[tuple[World, torch.device]]:
     who may be waiting for this process. Once this process ends, ``torchrun`` ends the others.
 
     Args:
-        device: ``"cuda"``, ``"cpu"``; None takes CUDA where there is some.
+        device: as :func:`choose_device` takes it.
 
     Raises:
-        ValueError: more processes on this machine than GPUs.
+        ValueError: no such device, or more processes on this machine than GPUs.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose_device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield World(), torch.device(kind)
+        yield World(), chosen
         return
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    chosen = torch.device(kind)
     if chosen.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if local >= torch.cuda.device_count():
+        processes = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        if processes > torch.cuda.device_count():
             raise ValueError(
-                f"process {local} of this machine has no GPU of its own: start torchrun with "
-                f"--nproc-per-node {torch.cuda.device_count()}"
+                f"not each of the {processes} processes of this machine has a GPU of its own: "
+                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
             )
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)

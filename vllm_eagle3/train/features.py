@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from vllm_eagle3.data.target import reading_target
+from vllm_eagle3.data.target import TRAINABLE_TYPE, reading_target
 from vllm_eagle3.train.data import TokenBatch
 from vllm_eagle3.train.documents import DocumentLayout, attend_within_documents
 
@@ -170,13 +170,21 @@ def load_target(path: str | Path, dtype: torch.dtype) -> nn.Module:
     """Load a Llama checkpoint from a folder or a hub name, into the CPU's memory.
 
     Raises:
-        ValueError: the model is not a Llama, or cannot be read.
+        ValueError: the model is not a Llama, or cannot be read, or some of its weights are missing.
     """
     from transformers import LlamaForCausalLM
 
     config = read_target_config(path)
     with reading_target(path):
-        return LlamaForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        model, found = LlamaForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"--target {path} lacks {len(missing)} weights of a Llama, such as {missing[0]}: give"
+            " a whole target, not its head"
+        )
+    return model
 
 
 def read_target_config(path: str | Path) -> Any:
@@ -189,9 +197,12 @@ def read_target_config(path: str | Path) -> Any:
 
     with reading_target(path):
         config = AutoConfig.from_pretrained(path)
-    if config.model_type != "llama":
+    if config.model_type != TRAINABLE_TYPE:
         raise ValueError(
-            f"target {str(path)!r} is of type {config.model_type!r}: heads can be trained for "
-            "'llama' targets"
+            f"--target {path} is of type {config.model_type!r}: heads can be trained for "
+            f"{TRAINABLE_TYPE!r} targets"
         )
+    named = " ".join(config.architectures or ())
+    if "eagle" in named.lower():
+        raise ValueError(f"--target {path} is a head ({named}): give the target it is for")
     return config

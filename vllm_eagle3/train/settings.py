@@ -150,7 +150,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``vllm-eagle3 train``."""
     default = TrainConfig()
     parser.add_argument("--target", required=True, help="a Llama checkpoint, folder or hub name")
-    parser.add_argument("--data", required=True, type=Path, help="folder of `data synth`")
+    parser.add_argument(
+        "--data", required=True, type=Path, nargs="+", metavar="DIR",
+        help="folders of `data synth`, `data regenerate` or `data convert`",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, help="folder for the head")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is some)")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
@@ -184,11 +187,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("eval_chain", int, "drafts of the chain that the evaluation predicts for")
     parser.add_argument(
         "--eval-tree",
-        type=int,
-        nargs=3,
-        metavar=("DRAFTS", "DEPTH", "TOP_K"),
+        type=_tree_shape,
         default=default.eval_tree,
-        help=f"the tree that the evaluation predicts for {default.eval_tree}",
+        metavar="TREE",
+        help="the tree that the evaluation predicts for: N or N/DEPTH/TOP_K"
+        f" ({'/'.join(map(str, default.eval_tree))})",
     )
     add("save_every", int, "steps between states to resume from")
     add("seed", int, "of the order and the weights")
@@ -205,6 +208,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("tensorboard", "write TensorBoard's events too"),
     ):
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+
+
+def _tree_shape(text: str) -> tuple[int, int, int]:
+    """The type of ``--eval-tree``: draft tokens, depth and top-k, the latter two by default."""
+    sizes = text.split("/")
+    if len(sizes) not in (1, 3) or not all(size.isdecimal() for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"{text}: give the number of draft tokens, as in 31, or also depth and top-k, as in"
+            " 31/5/16"
+        )
+    shape = dict(zip(("depth", "top_k"), map(int, sizes[1:]), strict=False))
+    try:
+        tree = TreeConfig.from_dict(shape or True, int(sizes[0]))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return tree.num_speculative_tokens, tree.depth, tree.top_k
 
 
 def config_from_arguments(args: argparse.Namespace) -> TrainConfig:

@@ -4,6 +4,7 @@ One process for each GPU; ``torchrun -m vllm_eagle3.cli train ...`` starts sever
 """
 
 import argparse
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +12,15 @@ from pathlib import Path
 import torch
 
 from vllm_eagle3.corpus import read_corpus, write_json
-from vllm_eagle3.files import writing
+from vllm_eagle3.files import make_out_folder
 from vllm_eagle3.train import checkpoints, fingerprint, interruption
 from vllm_eagle3.train.card import model_card
 from vllm_eagle3.train.clock import Clock
 from vllm_eagle3.train.data import split_held_out
-from vllm_eagle3.train.distributed import World, is_main_process, joined
+from vllm_eagle3.train.distributed import World, failing_once, is_main_process, joined
 from vllm_eagle3.train.evaluation import Evaluation, evaluate
 from vllm_eagle3.train.export import export
+from vllm_eagle3.train.features import read_target_config
 from vllm_eagle3.train.head_config import rotary_scaling
 from vllm_eagle3.train.learner import Learner
 from vllm_eagle3.train.loader import Loader, StepBatches
@@ -30,28 +32,30 @@ __all__ = ["TrainConfig", "add_arguments", "run", "train"]
 
 def run(args: argparse.Namespace) -> None:
     """The command ``vllm-eagle3 train``."""
-    config = config_from_arguments(args)
-    out_dir = train(args.target, args.data, args.out, config, args.device, args.resume)
+    with failing_once():
+        config = config_from_arguments(args)
+        out_dir = train(args.target, args.data, args.out, config, args.device, args.resume)
     if is_main_process():
         print(f"wrote {out_dir}")
 
 
 def train(
     target: str | Path,
-    data_dir: Path,
+    data_dirs: Path | Sequence[Path],
     out_dir: Path,
     config: TrainConfig | None = None,
     device: str | None = None,
     resume: bool = False,
 ) -> Path:
-    """Train a head for ``target`` on ``data_dir`` and write it to ``out_dir``.
+    """Train a head for ``target`` on ``data_dirs`` and write it to ``out_dir``.
 
     ``out_dir`` gets the checkpoint with its model card, a log of JSON lines, and the last two
     states to resume from.
 
     Args:
         target: a Llama checkpoint, folder or hub name.
-        data_dir: shards of ``vllm-eagle3 data synth``.
+        data_dirs: a folder of ``vllm-eagle3 data synth``, ``regenerate`` or ``convert``, or
+            several.
         device: ``"cuda"``, ``"cpu"``; None takes CUDA where there is some.
         resume: go on from ``out_dir``'s state; target, data and config must be the same.
 
@@ -60,11 +64,14 @@ def train(
 
     Raises:
         ValueError: no data, an unsuitable target, a state of another configuration, target
-            or data, a state in the way of a new run, a full disk, or a loss that is not finite.
+            or data, a state or a head in the way of a new run, a full disk, or a loss that is not
+            finite.
     """
-    paths = Path(data_dir), Path(out_dir)
+    given = [data_dirs] if isinstance(data_dirs, str | Path) else data_dirs
+    paths = tuple(map(Path, given)), Path(out_dir)
     if not resume:
         checkpoints.refuse_overwriting(paths[1])
+    read_target_config(target)  # a mistake ends here, before anything is written
     with joined(device) as (world, chosen):
         return _Trainer(target, *paths, config or TrainConfig(), chosen, world).train(resume)
 
@@ -73,18 +80,17 @@ class _Trainer:
     def __init__(
         self,
         target: str | Path,
-        data_dir: Path,
+        data_dirs: tuple[Path, ...],
         out_dir: Path,
         config: TrainConfig,
         device: torch.device,
         world: World,
     ) -> None:
         self.config, self.out_dir, self.device, self.world = config, out_dir, device, world
-        self.target_name, self.data_dir = str(target), data_dir
-        with writing(out_dir):
-            out_dir.mkdir(parents=True, exist_ok=True)
+        self.target_name, self.data_dirs = str(target), data_dirs
         torch.manual_seed(config.seed)
-        corpus = read_corpus(data_dir)
+        corpus = read_corpus(*data_dirs)
+        make_out_folder(out_dir)
         self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
         self.learner = Learner(target, self.documents, config, device, world, self.held_out)
         self.inputs = {
@@ -258,4 +264,4 @@ class _Trainer:
             "evaluation": rounded(asdict(self.evaluation)),
         }
         write_json(self.out_dir / "training.json", facts)
-        return model_card(facts, self.data_dir)
+        return model_card(facts, self.data_dirs)
