@@ -129,7 +129,7 @@ def _tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            "tensorboard is not installed: pip install 'vllm-eagle3[train]', or leave "
+            "tensorboard is not installed: pip install '.[train]' in a checkout, or leave "
             f"--tensorboard out ({LOG_FILE} holds the same numbers)"
         ) from error
     with writing(folder, _REMEDY):

@@ -73,7 +73,7 @@ class TrainConfig:
     eval_batches: int = 8
     eval_documents: int = 8
     eval_chain: int = 5
-    eval_tree: tuple[int, int, int] = (31, 5, 16)
+    eval_tree: tuple[int, int, int] = (63, 5, 16)
     log_every: int = 10
     eval_every: int = 500
     save_every: int = 500
