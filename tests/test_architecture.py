@@ -20,12 +20,13 @@ MAY_IMPORT = {
     "paths": set(),
     "config": {"paths"},
     "files": set(),
+    "options": set(),
     "corpus": {"files"},
     "data": {"corpus", "files", "heads"},
     "tree": {"config", "paths"},
     "ops": {"config", "tree"},
     "heads": {"config", "files"},
-    "engine": {"config", "corpus", "data", "files", "heads", "tree", "ops"},
+    "engine": {"config", "corpus", "data", "files", "heads", "options", "tree", "ops"},
     "train": {"config", "corpus", "data", "files", "heads", "ops", "tree"},
 }
 ANYTHING = {"bench", "cli", "demo"}
@@ -34,6 +35,7 @@ HEAVY = {
     "paths": set(),
     "config": set(),
     "files": set(),
+    "options": set(),
     "corpus": set(),
     "data": {"transformers"},
     "cli": set(),

@@ -23,7 +23,7 @@ from vllm_eagle3.bench.options import (
     recorded,
     select,
 )
-from vllm_eagle3.engine.replica_config import json_object
+from vllm_eagle3.options import json_object
 
 
 def options(**given):

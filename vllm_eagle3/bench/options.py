@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, parse_tree
 from vllm_eagle3.bench.questions import DEFAULT_DATA, PACKAGED
-from vllm_eagle3.engine.replica_config import json_object
+from vllm_eagle3.options import json_object
 from vllm_eagle3.paths import PUBLISHED
 
 _DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")  # vLLM's

@@ -41,7 +41,7 @@ from vllm_eagle3.bench.questions import Question, load_questions
 from vllm_eagle3.bench.schedule import rotation, take_turns
 from vllm_eagle3.bench.servers import Server, run_client, write_dataset
 from vllm_eagle3.bench.serving_report import FIGURES, render, summarize
-from vllm_eagle3.engine.replica_config import json_object
+from vllm_eagle3.options import json_object
 
 _AT_ONCE = [1, 4, 16]
 _KEPT = (

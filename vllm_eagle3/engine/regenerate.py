@@ -25,12 +25,12 @@ from vllm_eagle3.engine.regenerate_replica import RegenerateConfig, RegenerateRe
 from vllm_eagle3.engine.replica_config import (
     add_replica_arguments,
     add_setting,
-    json_object,
     settings_from,
 )
 from vllm_eagle3.engine.replica_processes import Progress, raise_failed, run_replicas, statuses
 from vllm_eagle3.engine.run_folder import claim_folder
 from vllm_eagle3.engine.shard_writer import REMEDY
+from vllm_eagle3.options import json_object
 
 RUN_FILE = "regenerate.json"
 _MOST_NAMES = 100  # of unreadable or skipped lines in the metadata; all of them are counted

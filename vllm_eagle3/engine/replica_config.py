@@ -1,11 +1,12 @@
 """What every kind of data making asks of its engines, and the command line for it."""
 
 import argparse
-import json
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
+
+from vllm_eagle3.options import json_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +104,6 @@ def settings_from(args: argparse.Namespace, config: type[ReplicaConfig]) -> dict
     """Those options of a command line that are settings of ``config``; lists as tuples."""
     given = {k: v for k, v in vars(args).items() if k in config.__dataclass_fields__}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """The type of an option that is a JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(
-            f"{text} is no JSON object: write it as in '{{\"enforce_eager\": true}}'"
-        )
-    return value
 
 
 def _mix(text: str) -> dict[float, float]:
