@@ -10,11 +10,16 @@
 #   SHARES="8 4 2"   EAGLE-3 heads of an eighth, a quarter and half of the data; "" for none
 #   LIMIT=80         questions of each set;  MAX_TOKENS=256  of an answer
 #   DRAFT_VOCABULARY=8192
-#   JOBS=4           trainings, then evaluations, that share the GPU
+#   JOBS=4           trainings, then evaluations, at once; each has one of the visible GPUs, in turn
 set -euo pipefail
 target=$1 data=$2 out=$3
 : "${STEPS:=2000}" "${SHARES=8 4 2}" "${LIMIT:=80}" "${MAX_TOKENS:=256}" "${JOBS:=4}" "${DRAFT_VOCABULARY:=8192}"
 mkdir -p "$out"
+if [ -n "${CUDA_VISIBLE_DEVICES-}" ]; then
+  gpus=${CUDA_VISIBLE_DEVICES//,/ }
+else
+  gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null) || gpus=
+fi
 
 of_share() { # N: the name of a head trained with the first of every N shards
   echo "eagle3-1of$1"
@@ -49,11 +54,14 @@ evaluate() { # NAME HEAD TREE: into a folder of its own, as a failed one writes 
 }
 
 at_once() { # runs the lines of its input, JOBS of them together; starts none after a failure
-  xargs -r -P "$JOBS" -L 1 bash -c 'set -uo pipefail; "$@" || exit 255' at_once
+  xargs -r -P "$JOBS" -L 1 --process-slot-var=slot bash -c 'set -uo pipefail
+    each=($gpus)
+    [ ${#each[@]} = 0 ] || export CUDA_VISIBLE_DEVICES=${each[slot % ${#each[@]}]}
+    "$@" || exit 255' at_once
 }
 
 export -f share train evaluate
-export target data out STEPS LIMIT MAX_TOKENS JOBS DRAFT_VOCABULARY
+export gpus target data out STEPS LIMIT MAX_TOKENS JOBS DRAFT_VOCABULARY
 
 {
   for objective in eagle1 hass eagle3-top eagle3 eagle3.1; do

@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 # An evaluation that fails has written its results before, as the real one does.
 STUB = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$CALLS"
+echo "${CUDA_VISIBLE_DEVICES-all}" >> "$CALLS.gpus"
 words=("$@")
 for i in "${!words[@]}"; do
   case ${words[$i]} in
@@ -96,6 +97,19 @@ def test_no_shares(folder: Path) -> None:
     assert (result.returncode, trained(calls)) == (0, HEADS)
     assert evaluated(calls) == sorted([*HEADS, "eagle1-static"])
     assert "1of" not in " ".join(calls[-1])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "jobs", "seen"), [("3,5", "4", {"3", "5"}), ("7", "2", {"7"}), ("3,5", "1", {"3"})]
+)
+def test_jobs_have_the_visible_gpus_in_turn(
+    folder: Path, gpus: str, jobs: str, seen: set[str]
+) -> None:
+    result, calls = compare(folder, SHARES="", JOBS=jobs, CUDA_VISIBLE_DEVICES=gpus)
+    assert result.returncode == 0
+    given = (folder / "calls.gpus").read_text().splitlines()
+    assert len(given) == len(calls)
+    assert (set(given[:-1]), given[-1]) == (seen, gpus)  # the table is made where all are seen
 
 
 @pytest.mark.parametrize("jobs", ["1", "4"])
