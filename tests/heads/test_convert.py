@@ -45,7 +45,6 @@ def test_the_shipped_head_there_and_back(tmp_path):
     config, _ = checkpoints.read(tmp_path / "flat")
     original, _ = checkpoints.read(DEMO)
     # The ids are the default: left out, because SGLang would count them differently.
-    assert original.pop("eagle_config")["eagle_aux_hidden_state_layer_ids"] == [2, 15, 27]
     assert layer_ids(config) is None
     assert config.items() >= original.items()
 

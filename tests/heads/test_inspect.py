@@ -31,11 +31,19 @@ def test_the_shipped_head(capsys):
     for line in (
         "kind                EAGLE-3\n",
         "draft vocabulary    8192 of 49152 tokens (d2t: offsets, t2d agrees)\n",
-        "captured layers     2, 15, 27, entered or left cannot be told (give --target",
+        "captured layers     default (no ids stored: every engine captures 2, L//2 and L-3)\n",
         "  yes chain by vLLM",
         "  yes tree by vllm-eagle3",
     ):
         assert line in text
+
+
+def test_ids_may_count_layers_either_way_without_a_target(tmp_path, capsys):
+    source = checkpoints.write(
+        tmp_path / "head", checkpoints.flat((2, 15, 27)), checkpoints.tensors()
+    )
+    assert cli.main(["inspect", str(source)]) == 0
+    assert "2, 15, 27, entered or left cannot be told (give --target" in capsys.readouterr().out
 
 
 def test_a_head_that_fits(tmp_path, target, capsys):
