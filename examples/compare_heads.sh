@@ -9,11 +9,10 @@
 #   STEPS=2000       optimiser steps with all of the data; with a share of it as many less
 #   SHARES="8 4 2"   EAGLE-3 heads of an eighth, a quarter and half of the data; "" for none
 #   LIMIT=80         questions of each set;  MAX_TOKENS=256  of an answer
-#   DRAFT_VOCABULARY=8192
 #   JOBS=4           trainings, then evaluations, at once; each has one of the visible GPUs, in turn
 set -euo pipefail
 target=$1 data=$2 out=$3
-: "${STEPS:=2000}" "${SHARES=8 4 2}" "${LIMIT:=80}" "${MAX_TOKENS:=256}" "${JOBS:=4}" "${DRAFT_VOCABULARY:=8192}"
+: "${STEPS:=2000}" "${SHARES=8 4 2}" "${LIMIT:=80}" "${MAX_TOKENS:=256}" "${JOBS:=4}"
 mkdir -p "$out"
 if [ -n "${CUDA_VISIBLE_DEVICES-}" ]; then
   gpus=${CUDA_VISIBLE_DEVICES//,/ }
@@ -38,7 +37,7 @@ train() { # NAME OBJECTIVE SHARE: with the first of every SHARE shards
   [ "$3" = 1 ] || shards=$(share "$3") || return
   [ -f "$out/$1/model.safetensors" ] ||
     vllm-eagle3 train --target "$target" --data "$shards" --out "$out/$1" --objective "$2" \
-      --draft-vocab-size "$DRAFT_VOCABULARY" --epochs 100000 --steps $((STEPS / $3)) \
+      --epochs 100000 --steps $((STEPS / $3)) \
       > "$out/$1.train.log" 2>&1 ||
     { echo "training $1 failed: $out/$1.train.log" >&2; return 1; }
 }
@@ -61,7 +60,7 @@ at_once() { # runs the lines of its input, JOBS of them together; starts none af
 }
 
 export -f share train evaluate
-export gpus target data out STEPS LIMIT MAX_TOKENS JOBS DRAFT_VOCABULARY
+export gpus target data out STEPS LIMIT MAX_TOKENS JOBS
 
 {
   for objective in eagle1 hass eagle3-top eagle3 eagle3.1; do

@@ -11,7 +11,7 @@ from tests.train import small
 from vllm_eagle3.corpus import Document, read_corpus, read_shard, write_shard
 from vllm_eagle3.train.data import check_documents, epoch_batches, split_held_out
 from vllm_eagle3.train.packing import packed_batches
-from vllm_eagle3.train.vocabulary import frequent_tokens
+from vllm_eagle3.train.vocabulary import count_tokens, covering_size, frequent_tokens
 
 
 def contents(documents: list[Document]) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
@@ -104,11 +104,22 @@ def test_no_shards_names_the_command_that_makes_some(tmp_path: Path) -> None:
 def test_the_draft_vocabulary_is_what_the_assistant_writes_most() -> None:
     tokens = np.array([5, 5, 5, 9, 9, 7, 7, 7, 7, 3])
     assistant = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 1], dtype=bool)
-    ids, coverage = frequent_tokens([Document(tokens, assistant)], 12, 3, always=[2])
+    counts = count_tokens([Document(tokens, assistant)], 12)
+    ids, coverage = frequent_tokens(counts, 3, always=[2])
     assert ids.tolist() == [2, 5, 9]
     assert coverage == pytest.approx(5 / 6)
     with pytest.raises(ValueError, match="draft_vocab_size=13"):
-        frequent_tokens([Document(tokens, assistant)], 12, 13, always=[2])
+        frequent_tokens(counts, 13, always=[2])
+
+
+def test_a_draft_vocabulary_that_covers_nearly_all_of_the_text() -> None:
+    counts = np.ones(5000, np.int64)
+    counts[1000:2024] = 100_000
+    assert covering_size(counts) == 1024
+    counts[:512] = 100_000
+    assert covering_size(counts) == 2048
+    counts[:] = 1
+    assert covering_size(counts) == 5000  # 4950 of them would do, in steps of 1024 it takes all
 
 
 def test_folders_are_read_one_after_another_and_mistakes_are_named(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-tokens", type=int, default=32768, help="tokens of an optimiser step (32768)")
     add("--accumulate", type=int, default=1, help="parts that our sides read a step in (1)")
     add("--max-length", type=int, default=2048, help="longer documents are cut (2048)")
-    add("--draft-vocab-size", type=int, default=8192, help="tokens that the head predicts (8192)")
+    add("--draft-vocab-size", type=int, help="tokens that the head predicts (as in training)")
     add("--num-ttt-steps", type=int, default=7, help="draft steps trained through (7)")
     add("--steps", type=int, default=20, help="optimiser steps that are timed (20)")
     add("--warmup", type=int, default=3, help="optimiser steps before them (3)")

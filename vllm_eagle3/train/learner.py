@@ -17,7 +17,7 @@ from vllm_eagle3.train.model import DraftHead
 from vllm_eagle3.train.norms import fuse_norms
 from vllm_eagle3.train.objectives import OBJECTIVES, LossResult, LossSettings
 from vllm_eagle3.train.settings import TrainConfig
-from vllm_eagle3.train.vocabulary import frequent_tokens
+from vllm_eagle3.train.vocabulary import count_tokens, covering_size, frequent_tokens
 
 _BETAS = (0.9, 0.95)
 
@@ -75,17 +75,16 @@ class Learner:
         if config.shard_target:
             world.shard_layers(model, device)
         model.to(device)
-        head_config = self.objective.head_config(model.config, config.draft_vocab_size)
-        limits = config.max_length, head_config.max_position_embeddings
-        check_documents([*documents, *held_out], head_config.vocab_size, *limits)
+        limits = config.max_length, model.config.max_position_embeddings
+        check_documents([*documents, *held_out], model.config.vocab_size, *limits)
+        counts = count_tokens(documents, model.config.vocab_size)
+        draft_vocab_size = config.draft_vocab_size or covering_size(counts)
+        head_config = self.objective.head_config(model.config, draft_vocab_size)
         if device.type == "cuda" and self.settings.attention == "flash":
             check_flash(head_config.head_dim, torch.cuda.get_device_capability(device))
         self.target = Target(model, head_config.aux_layer_ids)
         ids, self.coverage = frequent_tokens(
-            documents,
-            head_config.vocab_size,
-            head_config.draft_vocab_size,
-            always=self.target.end_token_ids,
+            counts, head_config.draft_vocab_size, always=self.target.end_token_ids
         )
         self.head = self.objective.make_head(head_config, self.target, ids).to(device)
         self.optimizer = torch.optim.AdamW(

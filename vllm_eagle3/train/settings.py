@@ -8,9 +8,15 @@ from pathlib import Path
 from vllm_eagle3.config import TreeConfig
 
 _AT_LEAST_ONE = (
-    *("draft_vocab_size", "batch_tokens", "accumulate", "max_length", "epochs"),
+    *("batch_tokens", "accumulate", "max_length", "epochs"),
     *("log_every", "eval_every", "save_every", "eval_batches", "eval_chain"),
 )
+
+_UNSET = {
+    "num_ttt_steps": "the objective's",
+    "ttt_decay": "the objective's",
+    "draft_vocab_size": "the fewest that make 99 %% of what the assistant wrote",
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,8 @@ class TrainConfig:
     with its width (576 here against 4096), and clipping at 0.5 bounds the early steps.
 
     Attributes:
-        draft_vocab_size: tokens that the head can predict.
+        draft_vocab_size: tokens that the head can predict; None for the fewest that make 99 % of
+            what the assistant wrote (``vocabulary.covering_size``).
         batch_tokens: tokens of an optimiser step, padding included, over all processes and
             all parts of an accumulated step: the recipe stays the same on more GPUs.
         accumulate: parts that an optimiser step is read in; more of them need less memory.
@@ -54,7 +61,7 @@ class TrainConfig:
         attention: ``"flash"`` or ``"math"``.
     """
 
-    draft_vocab_size: int = 8192
+    draft_vocab_size: int | None = None
     batch_tokens: int = 32768
     accumulate: int = 1
     max_length: int = 2048
@@ -104,7 +111,7 @@ class TrainConfig:
         if len(self.eval_tree) != 3:
             raise ValueError(f"eval_tree={self.eval_tree}: give draft tokens, depth and top-k")
         self.trees()
-        for name in ("steps", "minutes", "num_ttt_steps"):
+        for name in ("draft_vocab_size", "steps", "minutes", "num_ttt_steps"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be positive, or left out")
@@ -160,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, kind: type, text: str) -> None:
         value = getattr(default, name)
-        unset = "the objective's" if "ttt" in name else "none"
+        unset = _UNSET.get(name, "none")
         shown = unset if value is None else value
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=kind, default=value, help=f"{text} ({shown})"
@@ -169,7 +176,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from vllm_eagle3.train.objectives import OBJECTIVES
 
     add("objective", str, "what to train: " + ", ".join(OBJECTIVES))
-    add("draft_vocab_size", int, "tokens that the head can predict")
+    add("draft_vocab_size", int, "tokens that an EAGLE-3 head can predict")
     add("epochs", int, "passes over the data, at most")
     add("steps", int, "optimiser steps, at most")
     add("minutes", float, "wall-clock limit; the learning rate ends with it")

@@ -5,7 +5,7 @@
     objective = OBJECTIVES["eagle3"]
     config = objective.head_config(target_model.config, draft_vocab_size)
     target = Target(target_model, config.aux_layer_ids)
-    ids, coverage = frequent_tokens(documents, config.vocab_size, config.draft_vocab_size, ...)
+    ids, coverage = frequent_tokens(counts, config.draft_vocab_size, ...)
     head = objective.make_head(config, target, ids)
     objective.initialise(head, target, objective.read(target, token_batch, head))
     result = objective.loss(head, objective.read(target, token_batch, head), settings)
