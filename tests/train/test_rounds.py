@@ -81,7 +81,7 @@ def test_documents_together_and_in_parts_have_the_rounds_of_each_alone(setup, mo
         Replay(target, head, [document]).rounds(TREE, (0.0, 1.0), [limit])[0]
         for document, limit in zip(documents, limits, strict=True)
     ]
-    monkeypatch.setitem(node_attention._MAX_ROWS, "cpu", rows)
+    monkeypatch.setitem(node_attention.MAX_ROWS, "cpu", rows)
     together = Replay(target, head, documents).rounds(TREE, (0.0, 1.0), limits)
     assert together[1] is alone[1] is None
     for one, same in zip(together, alone, strict=True):

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 _ALIGNMENT = 16  # of S: for another one, SDPA's kernels would copy the mask in every call
 _MAX_BYTES = 1 << 29
-# Few launches keep a GPU busy; a CPU's caches hold little.
-_MAX_ROWS = {"cuda": 16384, "cpu": 1024}
+# Of a forward, by type of the device: few launches keep a GPU busy, a CPU's caches hold little.
+MAX_ROWS = {"cuda": 16384, "cpu": 1024}
 
 
 class NodeAttention:
@@ -101,4 +101,4 @@ def trees_at_once(device: torch.device, rows: int, size: int) -> int:
         rows: of each tree.
         size: of each tree in the largest tensor, bytes.
     """
-    return max(1, min(_MAX_ROWS[device.type] // max(1, rows), _MAX_BYTES // size))
+    return max(1, min(MAX_ROWS[device.type] // max(1, rows), _MAX_BYTES // size))

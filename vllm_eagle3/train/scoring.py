@@ -9,18 +9,26 @@ The target goes on from the keys and values of the documents, and runs over node
 children only: a leaf's probability is read where its parent stands.
 
 Shape suffixes: B documents, T slots, R roots, N nodes, M = N - 1 below the root, W nodes of a tree
-in the forward, P = 1 + W of them and the root, S key columns, H hidden, V vocabulary.
+in the forward, P = 1 + W with the root, J key heads, D head dimension, H hidden, V vocabulary.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from vllm_eagle3.train.features import DocumentStates, Target
-from vllm_eagle3.train.node_attention import NodeAttention, node_bias, num_columns, trees_at_once
+from vllm_eagle3.train.node_attention import (
+    MAX_ROWS,
+    NodeAttention,
+    node_bias,
+    num_columns,
+    trees_at_once,
+)
 from vllm_eagle3.tree.types import DraftTree
 from vllm_eagle3.tree.verify import verify
 
+_PADDING = 1 / 8  # of a forward's rows at most; beyond, another forward costs less
 _NEVER = -1e4  # a log-probability whose exponential is 0 and which adds up without NaN
 
 
@@ -50,7 +58,7 @@ def path_probabilities(
     is_parent_RN = torch.zeros_like(trees.parents_BN, dtype=torch.bool)
     is_parent_RN.scatter_(1, trees.parents_BN[:, 1:].long(), True)
     is_parent_RM = is_parent_RN[:, 1:]  # the root is a token of the document
-    # Trees with about as many parents run together: little of a forward is padding.
+    # Trees with about as many parents run together, so that little of a forward is padding.
     widths_R, order_R = is_parent_RM.sum(1).sort(descending=True)
     results = [torch.empty_like(trees.scores_BN) for _ in temperatures]
     for part, width in _parts(target, states, widths_R.tolist()):
@@ -93,12 +101,15 @@ def _parts(
     target: Target, states: DocumentStates, widths: Sequence[int]
 ) -> Iterator[tuple[slice, int]]:
     """Trees that one forward takes, and the nodes of each in it; ``widths`` fall."""
+    device = states.tokens_BT.device
     _, J, T, D = states.keys_values[0][0].shape
     first = 0
     while first < len(widths):
         width = widths[first]
         size = J * num_columns(T, width) * D * target.embedding.element_size()
-        last = first + trees_at_once(states.tokens_BT.device, width, size)
+        last = first + trees_at_once(device, width, size)
+        padding = itertools.accumulate(width - of_tree for of_tree in widths[first:last])
+        last = first + sum(rows <= MAX_ROWS[device.type] * _PADDING for rows in padding)
         yield slice(first, last), width
         first = last
 
