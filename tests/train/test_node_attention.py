@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from vllm_eagle3.train.node_attention import NodeAttention, node_bias
+from vllm_eagle3.train.node_attention import MAX_ROWS, NodeAttention, node_bias, trees_at_once
 
 B, T, J, N, D = 2, 5, 2, 6, 8
 
@@ -39,3 +39,14 @@ def test_a_node_sees_its_document_up_to_the_root_its_ancestors_and_itself() -> N
                     v = torch.cat((values[place][known], node_v[own]))
                     weights = (k @ q[tree, head, row] / math.sqrt(D)).softmax(0)
                     torch.testing.assert_close(out[tree, head, row], weights @ v)
+
+
+def test_trees_of_long_documents_are_fewer_at_once() -> None:
+    """Of a Llama-3.1-8B in bfloat16, one layer's keys stay below half a GiB on a GPU."""
+    device = torch.device("cuda")
+    token = 8 * 128 * 2
+    assert trees_at_once(device, 16, 100 * token) == MAX_ROWS["cuda"] // 16
+    for length in (1 << 12, 1 << 14, 1 << 17):
+        trees = trees_at_once(device, 16, length * token)
+        assert trees * length * token == 1 << 29
+    assert trees_at_once(device, 16, 1 << 40) == 1

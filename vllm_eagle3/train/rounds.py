@@ -86,30 +86,35 @@ class Replay:
         Returns:
             For each document its rounds; None if no answer of it is longer than one token.
         """
-        found = self._possible_roots()
-        if not found.shape[1]:
+        roots = self._possible_roots()
+        if not roots.shape[1]:
             return [None for _ in self._documents]
-        tokens_BT = self._states.tokens_BT
-        documents_R, slots_R, ends_R = found.to(tokens_BT.device)
-        trees = self._drafter.trees(documents_R, slots_R, config)
-        accepted_R = accepted_of_documents(
-            tokens_BT, documents_R, slots_R, ends_R, trees, config.depth
-        )
-        # Where a draft is the turn's last token, nothing follows it.
-        emitted_R = torch.minimum(accepted_R + 1, ends_R - slots_R - 2).cpu()
-        places_R = found[0] * tokens_BT.shape[1] + found[1]
+        device = self._states.tokens_BT.device
+        on_device = roots.to(device)
+        trees = self._drafter.trees(*on_device[:2], config)
+        emitted_R = self._emitted(*on_device, trees, config.depth).cpu()
+        # One row of places for all documents: no round goes beyond its own.
+        places_R = roots[0] * self._states.tokens_BT.shape[1] + roots[1]
         reached = torch.tensor(_walk(places_R.tolist(), emitted_R.tolist()))
 
-        at = reached.to(tokens_BT.device)
+        at = reached.to(device)
         trees = DraftTree(*(value[at] for value in vars(trees).values()))
-        documents_R, slots_R = documents_R[at], slots_R[at]
+        documents_R, slots_R, _ = on_device[:, at]
         scores = path_probabilities(
             self._target, self._states, documents_R, slots_R, trees, temperatures
         )
-        limits_R = torch.tensor(limits or [_UNLIMITED] * len(self._documents)).to(at.device)
-        cut = trees.depths_BN, config.depth, slots_R + 1, limits_R[documents_R]
+        limits_B = torch.tensor(limits or [_UNLIMITED] * len(self._documents), device=device)
+        cut = trees.depths_BN, config.depth, slots_R + 1, limits_B[documents_R]
         exceeds_TRD = torch.stack([_by_depth(probs_RN, *cut) for probs_RN in scores]).cpu()
-        return self._by_document(found[:, reached], emitted_R[reached], exceeds_TRD, temperatures)
+        return self._by_document(roots[:, reached], emitted_R[reached], exceeds_TRD, temperatures)
+
+    def _emitted(self, documents_R, slots_R, ends_R, trees, depth) -> torch.Tensor:
+        """Tokens of a round below each root, int64 [R]."""
+        accepted_R = accepted_of_documents(
+            self._states.tokens_BT, documents_R, slots_R, ends_R, trees, depth
+        )
+        # Where a draft is the turn's last token, nothing follows it.
+        return torch.minimum(accepted_R + 1, ends_R - slots_R - 2)
 
     def _by_document(self, roots, emitted_R, exceeds_TRD, temperatures) -> list[Rounds | None]:
         counts = roots[0].bincount(minlength=len(self._documents)).tolist()
