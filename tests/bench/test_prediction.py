@@ -92,6 +92,28 @@ def test_an_answer_is_read_once_for_all_ways_of_drafting(pair, answered):
     assert kinds == ["ready", "rounds", "rounds", "done"]
 
 
+def test_answers_that_want_the_same_are_replayed_together_as_each_alone(pair, answered):
+    greedy, drawn = answered[0.0][0], answered[1.0][0]
+    shorter = greedy | {"number": 1, "tokens": greedy["tokens"][:7]}
+    other = drawn | {"number": 1, "tokens": drawn["tokens"][:9]}
+    job, _ = _job(pair[2], WAYS, [run_of(greedy, shorter, drawn), run_of(greedy, drawn, other)])
+    wanted = [json.dumps(answer["wanted"]) for answer in job["answers"]]
+    assert len(wanted) == 4
+    assert len(set(wanted)) >= 3
+    together = {
+        (event["answer"], event["wanted"]): event for event in replayed(job) if "wanted" in event
+    }
+    for number, answer in enumerate(job["answers"]):
+        alone = [event for event in replayed(job | {"answers": [answer]}) if "wanted" in event]
+        assert len(alone) == len(answer["wanted"])
+        for event in alone:
+            same = together.pop((number, event["wanted"]))
+            assert (same["contexts"], same["tokens"]) == (event["contexts"], event["tokens"])
+            for row, expected in zip(same["exceeds"], event["exceeds"], strict=True):
+                assert row == pytest.approx(expected, abs=2e-6)
+    assert not together
+
+
 def test_an_end_token_that_only_the_server_knows_ends_drafts_too(pair, answered):
     """Its answers tell: the last token of one that was not cut is such a token."""
     answer = answered[1.0][1]

@@ -19,10 +19,11 @@ def test_a_static_tree_is_the_children_of_its_ranks(name: str) -> None:
     target, head = small.head_for(objective, torch.float32)
     tokens_1T = torch.from_numpy(small.documents(3)[2].tokens).unsqueeze(0)
     batch = TokenBatch(tokens_1T, torch.ones_like(tokens_1T, dtype=torch.bool))
-    features_TF = objective.read(target, batch, head).features_BTF[0]
-    drafter = DocumentDrafter(head, tokens_1T[0], features_TF)
+    features_1TF = objective.read(target, batch, head).features_BTF
+    drafter = DocumentDrafter(head, tokens_1T, features_1TF)
     slots_R = torch.arange(tokens_1T.shape[1] - 1)
-    whole, tree = drafter.trees(slots_R, EVERYTHING), drafter.trees(slots_R, STATIC)
+    roots = torch.zeros_like(slots_R), slots_R
+    whole, tree = drafter.trees(*roots, EVERYTHING), drafter.trees(*roots, STATIC)
     for root in range(len(slots_R)):
         # Nodes stand in order of falling score, and so do the children of each.
         parents = whole.parents_BN[root].tolist()

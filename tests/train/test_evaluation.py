@@ -10,19 +10,13 @@ from tests.train.brute import steps_of_text, tree_of_paths
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.corpus import Document, write_shard
 from vllm_eagle3.train.evaluation import evaluate, predict
-from vllm_eagle3.train.features import Target
 from vllm_eagle3.train.learner import Learner
-from vllm_eagle3.train.model import Eagle3Head
 from vllm_eagle3.train.objectives import LossSettings
 from vllm_eagle3.train.objectives.eagle3 import ttt_loss
 from vllm_eagle3.train.trainer import TrainConfig, train
 
 TREE = TreeConfig(20, depth=3, top_k=8, verify_budget=None)
 CHAIN = TreeConfig(3, depth=3, top_k=1, verify_budget=None)
-
-
-def reader(head: Eagle3Head, target: Target):
-    return lambda batch: target.read(batch, head.draft_token_ids, head.t2d)
 
 
 def brute_force(head, target, document: Document, config: TreeConfig) -> dict:
@@ -48,7 +42,7 @@ def brute_force(head, target, document: Document, config: TreeConfig) -> dict:
 def test_predicted_acceptance_equals_brute_force(config: TreeConfig) -> None:
     target, head = small.pair(torch.float64)
     document = small.documents(9, longest=24)[7]
-    got = predict(head, target, [document], {"it": config}, reader(head, target))["it"]
+    got = predict(head, target, [document], {"it": config})["it"]
     with torch.no_grad():
         expected = brute_force(head, target, document, config)
     assert got.roots == expected["roots"] > 1
@@ -64,22 +58,19 @@ def test_a_draft_that_ends_the_turn_counts_nothing_and_nothing_counts_below_it()
     target, head = small.pair(torch.float64)
     document = small.documents(9, longest=24)[7]
     target.model.generation_config.eos_token_id = list(range(0, small.VOCABULARY, 3))
-    got = predict(head, target, [document], {"it": TREE}, reader(head, target))["it"]
+    got = predict(head, target, [document], {"it": TREE})["it"]
     with torch.no_grad():
         expected = brute_force(head, target, document, TREE)
     assert got.accepted["T=1"] == pytest.approx(expected["accepted"]["T=1"], rel=1e-4)
     target.model.generation_config.eos_token_id = list(range(small.VOCABULARY))
-    got = predict(head, target, [document], {"it": TREE}, reader(head, target))["it"]
+    got = predict(head, target, [document], {"it": TREE})["it"]
     assert got.tau == {"T=0": 1.0, "T=1": 1.0}
 
 
 def test_documents_without_an_answer_predict_nothing() -> None:
     target, head = small.pair(torch.float32)
     tokens = torch.arange(3, 9).numpy()
-    assert (
-        predict(head, target, [Document(tokens, tokens < 0)], {"it": TREE}, reader(head, target))
-        == {}
-    )
+    assert predict(head, target, [Document(tokens, tokens < 0)], {"it": TREE}) == {}
 
 
 def test_losses_are_the_same_in_parts_no_larger_than_those_of_a_step() -> None:
@@ -87,16 +78,17 @@ def test_losses_are_the_same_in_parts_no_larger_than_those_of_a_step() -> None:
     target, head = small.pair(torch.float64)
     given = small.documents(24)
     unanswered = [Document(d.tokens, d.assistant & False) for d in small.documents(12)]
-    read, sizes = reader(head, target), []
+    sizes = []
 
     def forward(batch):
         sizes.append(batch.tokens_BT.numel())
-        return ttt_loss(head, read(batch), LossSettings(1))
+        features = target.read(batch, head.draft_token_ids, head.t2d)
+        return ttt_loss(head, features, LossSettings(1))
 
     def losses(documents: list[Document], num_parts: int) -> tuple[list[float], list[float]]:
         config = TrainConfig(batch_tokens=64 * 36, eval_batches=1, eval_documents=0)
         device = torch.device("cpu")
-        found = evaluate(head, target, documents, config, device, forward, read, num_parts)
+        found = evaluate(head, target, documents, config, device, forward, num_parts)
         return found.losses, found.accepted
 
     (whole, accepted), in_parts = losses(given, 1), losses([*given, *unanswered], 18)

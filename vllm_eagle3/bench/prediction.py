@@ -44,7 +44,8 @@ def predict(
     found = Prediction({key: [] for answer in keys for key in answer})
     if not job["answers"]:
         return Prediction(error="there are no answers")
-    progress = Progress(len(keys))
+    progress = Progress(sum(map(len, keys)))
+    finished = 0
     progress.show("prediction", "loading")
     with WorkerProcess(job, log_path, args.prediction_timeout, module=_MODULE) as process:
         for event in process.events():
@@ -52,7 +53,8 @@ def predict(
                 columns = event["contexts"], event["tokens"], event["exceeds"]
                 rounds = [PredictedRound(*row) for row in zip(*columns, strict=True)]
                 found.rounds[keys[event["answer"]][event["wanted"]]] = rounds
-                progress.advance("prediction", event["answer"] + 1)
+                finished += 1
+                progress.advance("prediction", finished)
             elif event["event"] == "refused":
                 return Prediction(error=event["reason"])
             elif event["event"] == "done":

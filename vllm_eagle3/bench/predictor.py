@@ -24,20 +24,22 @@ Events, by ``"event"``::
     done     the last one
 """
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_eagle3.bench.job_process import Emit, job_and_events
 from vllm_eagle3.config import TreeConfig
+from vllm_eagle3.corpus import Document
 from vllm_eagle3.train.attention import avoid_plans
-from vllm_eagle3.train.data import TokenBatch
-from vllm_eagle3.train.drafting import DocumentDrafter
 from vllm_eagle3.train.export import load_head
 from vllm_eagle3.train.features import Target, load_target, read_target_config
 from vllm_eagle3.train.model import DraftHead
-from vllm_eagle3.train.rounds import rounds_of_document
+from vllm_eagle3.train.rounds import Replay, batches_to_replay
 
 _DIGITS = 6
 
@@ -52,9 +54,10 @@ def run(job: dict[str, Any], emit: Emit) -> None:
         emit({"event": "refused", "reason": str(error)})
         return
     emit({"event": "ready", "device": device.type})
-    for index, answer in enumerate(job["answers"]):
-        for event in _replay(target, head, answer, device):
-            emit({"event": "rounds", "answer": index, **event})
+    for numbers in _batches(job["answers"]):
+        answers = [job["answers"][number] for number in numbers]
+        for index, event in _replay(target, head, answers):
+            emit({"event": "rounds", "answer": int(numbers[index]), **event})
     emit({"event": "done"})
 
 
@@ -82,34 +85,43 @@ def _load(job: dict[str, Any], device: torch.device) -> tuple[Target, DraftHead]
     return target, head.to(device, dtype).eval()
 
 
+def _batches(answers: list[dict[str, Any]]) -> Iterator[list[int]]:
+    """Numbers of answers that are replayed at once: those that want the same, of similar length."""
+    alike: dict[str, list[int]] = {}
+    for number, answer in enumerate(answers):
+        alike.setdefault(json.dumps(answer["wanted"]), []).append(number)
+    for numbers in alike.values():
+        for batch in batches_to_replay([_document(answers[number]) for number in numbers]):
+            yield [numbers[index] for index in batch]
+
+
+def _document(answer: dict[str, Any]) -> Document:
+    tokens = np.array(answer["prompt"] + answer["tokens"])
+    return Document(tokens, np.arange(len(tokens)) >= len(answer["prompt"]))
+
+
 def _replay(
-    target: Target, head: DraftHead, answer: dict[str, Any], device: torch.device
-) -> list[dict[str, Any]]:
-    """The rounds of one answer, for each chain or tree that is wanted."""
-    prompt, tokens = answer["prompt"], answer["tokens"]
-    tokens_T = torch.tensor(prompt + tokens, device=device)
-    assistant_T = torch.arange(len(tokens_T), device=device) >= len(prompt)
-    batch = TokenBatch(tokens_T.unsqueeze(0), assistant_T.unsqueeze(0))
-    features_TF = target.read(batch, head.draft_token_ids, head.t2d).features_BTF[0]
-    drafter = DocumentDrafter(head, tokens_T, features_TF)
-    events = []
-    for index, wanted in enumerate(answer["wanted"]):
+    target: Target, head: DraftHead, answers: list[dict[str, Any]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rounds of answers that want the same chains or trees: which answer, and an event."""
+    replay = Replay(target, head, [_document(answer) for answer in answers])
+    limits = [answer["limit"] for answer in answers]
+    for number, wanted in enumerate(answers[0]["wanted"]):
         config = TreeConfig.from_dict(wanted["tree"], wanted["drafts"])
         temperature = wanted["temperature"]
-        rounds = rounds_of_document(
-            target, drafter, assistant_T, config, [temperature], answer["limit"]
-        )
-        if rounds is not None:
+        for index, rounds in enumerate(replay.rounds(config, [temperature], limits)):
+            if rounds is None:
+                continue
             exceeds = rounds.exceeds_TRD[temperature].tolist()
-            events.append(
+            yield (
+                index,
                 {
-                    "wanted": index,
+                    "wanted": number,
                     "contexts": (rounds.roots_R + 1).tolist(),
                     "tokens": rounds.emitted_R.tolist(),
                     "exceeds": [[round(share, _DIGITS) for share in row] for row in exceeds],
-                }
+                },
             )
-    return events
 
 
 def main() -> None:

@@ -120,14 +120,22 @@ def epoch_batches(
         part = np.concatenate((waiting, order[start : start + window]))
         part = part[np.argsort(-lengths[part], kind="stable")]
         # The last batch may be small, and yet a step: its documents wait for the next window.
-        *whole, waiting = _cut(part, lengths, batch_tokens)
+        *whole, waiting = cut_batches(part, lengths, batch_tokens)
         groups += whole
     groups.append(waiting)
     for group in rng.permutation(len(groups)):
-        yield _pad([documents[i] for i in groups[group]], max_length)
+        yield pad_documents([documents[i] for i in groups[group]], max_length)
 
 
-def _cut(longest_first: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+def cut_batches(
+    longest_first: np.ndarray, lengths: np.ndarray, batch_tokens: int
+) -> list[np.ndarray]:
+    """Part an order of documents, by their numbers, into batches.
+
+    Args:
+        lengths: of all documents, by number.
+        batch_tokens: as in :func:`epoch_batches`.
+    """
     groups, start = [], 0
     while start < len(longest_first):
         rows = max(1, batch_tokens // _padded(lengths[longest_first[start]]))
@@ -140,7 +148,8 @@ def _padded(length: int) -> int:
     return -(-int(length) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
 
 
-def _pad(documents: Sequence[Document], max_length: int) -> TokenBatch:
+def pad_documents(documents: Sequence[Document], max_length: int) -> TokenBatch:
+    """One document a row; longer ones are cut."""
     width = min(_padded(max(len(d.tokens) for d in documents)), max_length)
     tokens_BT = np.zeros((len(documents), width), dtype=np.int64)
     assistant_BT = np.zeros((len(documents), width), dtype=bool)

@@ -10,6 +10,7 @@ Shape suffixes: B rows, T slots, P = B T, C documents of a batch, L slots of the
 N heads, D head dimension.
 """
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
@@ -64,8 +65,10 @@ class DocumentLayout:
 def attend_within_documents(model: nn.Module) -> None:
     """Let a Transformers model take ``documents=DocumentLayout`` in its forward.
 
-    Without it the model computes what it did: causal attention by torch's SDPA, or SDPA with
-    the 4D mask that it is given. A mask of padding (2D) is refused by its forward: ValueError.
+    Or ``attend``, which computes the attention instead: a function of a layer's index and its q, k
+    and v, rotated, as BNTD, k and v with key heads. Without either the model computes what it
+    did: causal attention by torch's SDPA, or SDPA with the 4D mask that it is given. A mask of
+    padding (2D) is refused by its forward: ValueError.
     """
     from transformers import AttentionInterface
 
@@ -90,11 +93,14 @@ def _attention(
     v_BJTD: torch.Tensor,
     attention_mask: torch.Tensor | None,
     documents: DocumentLayout | None = None,
+    attend: Callable[..., torch.Tensor] | None = None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """As Transformers calls it; the output is [B, T, N, D]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if attend is not None:
+        return attend(module.layer_idx, q_BNTD, k_BJTD, v_BJTD).transpose(1, 2), None
     if documents is None:
         return sdpa_attention_forward(module, q_BNTD, k_BJTD, v_BJTD, attention_mask, **settings)
     rows = map(documents.split, (q_BNTD, k_BJTD, v_BJTD))

@@ -20,12 +20,11 @@ import torch
 from vllm_eagle3.config import TreeConfig
 from vllm_eagle3.corpus import Document
 from vllm_eagle3.train.data import TokenBatch, epoch_batches
-from vllm_eagle3.train.drafting import DocumentDrafter
-from vllm_eagle3.train.features import FeatureBatch, Target
+from vllm_eagle3.train.features import Target
 from vllm_eagle3.train.model import DraftHead
 from vllm_eagle3.train.objectives import LossResult
 from vllm_eagle3.train.objectives.slots import counted_slots
-from vllm_eagle3.train.rounds import Rounds, rounds_of_document
+from vllm_eagle3.train.rounds import Replay, Rounds, batches_to_replay
 from vllm_eagle3.train.settings import TrainConfig
 
 TEMPERATURES = (0.0, 1.0)
@@ -75,14 +74,12 @@ def evaluate(
     config: TrainConfig,
     device: torch.device,
     forward: Callable[[TokenBatch], LossResult],
-    read: Callable[[TokenBatch], FeatureBatch],
     num_parts: int = 1,
 ) -> Evaluation:
     """Measure ``head`` on held-out documents.
 
     Args:
         forward: the objective on a batch of tokens.
-        read: the target's states for a batch of tokens, as the head takes them.
         num_parts: that a step of training is read in; a batch is read in as many, so that what
             fits into the memory in training does here.
     """
@@ -105,7 +102,7 @@ def evaluate(
         longest = min(config.max_length, _LONGEST)
         dtype = target.embedding.dtype
         with torch.autocast(device.type, dtype, dtype == torch.bfloat16):
-            predicted = predict(head, target, chosen, config.trees(), read, longest)
+            predicted = predict(head, target, chosen, config.trees(), longest)
     return Evaluation(
         losses=mean("losses_K"),
         accuracy=mean("accuracy_K"),
@@ -121,22 +118,18 @@ def predict(
     target: Target,
     documents: Sequence[Document],
     trees: dict[str, TreeConfig],
-    read: Callable[[TokenBatch], FeatureBatch],
     longest: int = _LONGEST,
 ) -> dict[str, Prediction]:
     """Predicted acceptance of each tree; documents without an answer are passed over."""
     tallies = {name: _Tally(config) for name, config in trees.items()}
-    for document in documents:
-        tokens_T = torch.from_numpy(document.tokens[:longest].astype("int64")).to(head.d2t.device)
-        assistant_T = torch.from_numpy(document.assistant[:longest]).to(head.d2t.device)
-        if not assistant_T.any():
-            continue
-        batch = TokenBatch(tokens_T.unsqueeze(0), assistant_T.unsqueeze(0))
-        drafter = DocumentDrafter(head, tokens_T, read(batch).features_BTF[0])
+    cut = [Document(d.tokens[:longest], d.assistant[:longest]) for d in documents]
+    answered = [document for document in cut if document.assistant.any()]
+    for numbers in batches_to_replay(answered):
+        replay = Replay(target, head, [answered[number] for number in numbers])
         for tally in tallies.values():
-            rounds = rounds_of_document(target, drafter, assistant_T, tally.config, TEMPERATURES)
-            if rounds is not None:
-                tally.add(rounds)
+            for rounds in replay.rounds(tally.config, TEMPERATURES):
+                if rounds is not None:
+                    tally.add(rounds)
     return {name: tally.result() for name, tally in tallies.items() if tally.roots}
 
 

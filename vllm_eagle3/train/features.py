@@ -1,5 +1,6 @@
 """What the target says about a batch: captured states and logits, computed on the fly."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,23 @@ class TTTBatch(FeatureBatch):
 
     target_logits_BTV: torch.Tensor
     covered_BT: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DocumentStates:
+    """What the target computes of documents, right-padded, so that it can go on from any token.
+
+    Attributes:
+        tokens_BT: int64 token ids.
+        hidden_BTH: last hidden states, after the final norm.
+        features_BTF: as in :class:`FeatureBatch`.
+        keys_values: of each layer, rotated, each [B, key heads, T, head dimension].
+    """
+
+    tokens_BT: torch.Tensor
+    hidden_BTH: torch.Tensor
+    features_BTF: torch.Tensor
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Target:
@@ -149,6 +167,36 @@ class Target:
             layout=batch.layout,
             slots=batch.slots,
         )
+
+    @torch.no_grad()
+    def read_documents(self, tokens_BT: torch.Tensor) -> DocumentStates:
+        """Run the target over right-padded documents and keep what it computes."""
+        output = self.model.model(input_ids=tokens_BT, use_cache=True)
+        features = [self._captured.pop(layer_id) for layer_id in self.aux_layer_ids]
+        return DocumentStates(
+            tokens_BT,
+            output.last_hidden_state,
+            torch.cat(features or [output.last_hidden_state], -1),
+            [(layer.keys, layer.values) for layer in output.past_key_values.layers],
+        )
+
+    @torch.no_grad()
+    def run_nodes(
+        self,
+        tokens_RW: torch.Tensor,
+        positions_RW: torch.Tensor,
+        attend: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """Last hidden states [R, W, H] of W nodes of each of R trees.
+
+        Args:
+            attend: as in :func:`~vllm_eagle3.train.documents.attend_within_documents`.
+        """
+        output = self.model.model(
+            input_ids=tokens_RW, position_ids=positions_RW, use_cache=False, attend=attend
+        )
+        self._captured.clear()
+        return output.last_hidden_state
 
     def _run(self, batch: TokenBatch) -> torch.Tensor:
         # Right-padded and causal, or taken apart: no mask is needed.

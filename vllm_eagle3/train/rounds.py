@@ -1,4 +1,4 @@
-"""The rounds of drafting in which a server would emit a document.
+"""The rounds of drafting in which a server would emit documents.
 
 The first token of an answer comes from the prompt's own forward. It is the first root: a round
 drafts below a root, the target verifies, and what it accepts and one token more are emitted; the
@@ -10,19 +10,29 @@ no forward, and so it counts nowhere here::
 
 which makes tau (tokens of all rounds / rounds) what :mod:`vllm_eagle3.bench.tau` measures.
 
-Shape suffixes: R rounds, D depth, T tokens of the document, N nodes.
+Which roots the server drafts from depends on what it accepts, so the head drafts from all of
+them at once; the target scores the trees of those that are reached.
+
+Shape suffixes: B documents, R roots, D depth, T tokens of a document, N nodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm_eagle3.config import TreeConfig
+from vllm_eagle3.corpus import Document
+from vllm_eagle3.train.data import cut_batches, pad_documents
 from vllm_eagle3.train.drafting import DocumentDrafter
 from vllm_eagle3.train.features import Target
-from vllm_eagle3.train.scoring import accepted_of_document, path_probabilities
+from vllm_eagle3.train.model import DraftHead
+from vllm_eagle3.train.scoring import accepted_of_documents, path_probabilities
 from vllm_eagle3.tree.types import DraftTree
+
+_BATCH_TOKENS = 16384  # padding included; of each the target's keys and values are kept
+_UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -41,47 +51,97 @@ class Rounds:
     exceeds_TRD: dict[float, torch.Tensor]
 
 
-@torch.no_grad()
-def rounds_of_document(
-    target: Target,
-    drafter: DocumentDrafter,
-    assistant_T: torch.Tensor,
-    config: TreeConfig,
-    temperatures: Sequence[float],
-    limit: int | None = None,
-) -> Rounds | None:
-    """Draft along a document, and score each tree where the server would have grown it.
+def batches_to_replay(documents: Sequence[Document]) -> Iterator[np.ndarray]:
+    """Numbers of documents that one :class:`Replay` holds, of similar lengths."""
+    lengths = np.array([len(document.tokens) for document in documents])
+    yield from cut_batches(np.argsort(-lengths, kind="stable"), lengths, _BATCH_TOKENS)
+
+
+class Replay:
+    """Documents that target and head have read, to be drafted along with any chain or tree.
 
     Args:
-        drafter: has read the document.
-        assistant_T: bool, what the server emitted.
-        temperatures: of the target's sampling; 0 for greedy.
-        limit: tokens at which the server would have cut the document; None for no limit.
-
-    Returns:
-        None if no answer is longer than one token.
+        documents: what the server read and, marked as the assistant's, emitted.
     """
-    tokens_T = drafter.tokens_T
-    slots_S = _possible_roots(assistant_T)
-    if not len(slots_S):
-        return None
-    ends_S = _turn_ends(assistant_T)[slots_S + 1]
-    trees = drafter.trees(slots_S, config)
-    accepted_S = accepted_of_document(tokens_T, slots_S, ends_S, trees)
-    # Where a draft is the turn's last token, nothing follows it.
-    emitted_S = torch.minimum(accepted_S + 1, ends_S - slots_S - 2)
-    visited_R = torch.tensor(_walk(slots_S.tolist(), emitted_S.tolist()), device=slots_S.device)
-    trees = DraftTree(*(value[visited_R] for value in vars(trees).values()))
-    roots_R = slots_S[visited_R] + 1
-    scores = path_probabilities(target, tokens_T, slots_S[visited_R], trees, temperatures)
-    return Rounds(
-        roots_R=roots_R.cpu(),
-        emitted_R=emitted_S[visited_R].cpu(),
-        exceeds_TRD={
-            temperature: _by_depth(probs_RN, trees.depths_BN, config.depth, roots_R, limit).cpu()
-            for temperature, probs_RN in zip(temperatures, scores, strict=True)
-        },
-    )
+
+    def __init__(self, target: Target, head: DraftHead, documents: Sequence[Document]) -> None:
+        self._target, self._documents = target, documents
+        batch = pad_documents(documents, max(len(document.tokens) for document in documents))
+        self._states = target.read_documents(batch.tokens_BT.to(head.d2t.device))
+        self._drafter = DocumentDrafter(head, self._states.tokens_BT, self._states.features_BTF)
+
+    @torch.no_grad()
+    def rounds(
+        self,
+        config: TreeConfig,
+        temperatures: Sequence[float],
+        limits: Sequence[int] | None = None,
+    ) -> list[Rounds | None]:
+        """Draft along the documents, and score each tree where the server would have grown it.
+
+        Args:
+            temperatures: of the target's sampling; 0 for greedy.
+            limits: tokens at which the server would have cut each document; None for no limits.
+
+        Returns:
+            For each document its rounds; None if no answer of it is longer than one token.
+        """
+        roots = self._possible_roots()
+        if not roots.shape[1]:
+            return [None for _ in self._documents]
+        device = self._states.tokens_BT.device
+        on_device = roots.to(device)
+        trees = self._drafter.trees(*on_device[:2], config)
+        emitted_R = self._emitted(*on_device, trees, config.depth).cpu()
+        # One row of places for all documents: no round goes beyond its own.
+        places_R = roots[0] * self._states.tokens_BT.shape[1] + roots[1]
+        reached = torch.tensor(_walk(places_R.tolist(), emitted_R.tolist()))
+
+        at = reached.to(device)
+        trees = DraftTree(*(value[at] for value in vars(trees).values()))
+        documents_R, slots_R, _ = on_device[:, at]
+        scores = path_probabilities(
+            self._target, self._states, documents_R, slots_R, trees, temperatures
+        )
+        limits_B = torch.tensor(limits or [_UNLIMITED] * len(self._documents), device=device)
+        cut = trees.depths_BN, config.depth, slots_R + 1, limits_B[documents_R]
+        exceeds_TRD = torch.stack([_by_depth(probs_RN, *cut) for probs_RN in scores]).cpu()
+        return self._by_document(roots[:, reached], emitted_R[reached], exceeds_TRD, temperatures)
+
+    def _emitted(self, documents_R, slots_R, ends_R, trees, depth) -> torch.Tensor:
+        """Tokens of a round below each root, int64 [R]."""
+        accepted_R = accepted_of_documents(
+            self._states.tokens_BT, documents_R, slots_R, ends_R, trees, depth
+        )
+        # Where a draft is the turn's last token, nothing follows it.
+        return torch.minimum(accepted_R + 1, ends_R - slots_R - 2)
+
+    def _by_document(self, roots, emitted_R, exceeds_TRD, temperatures) -> list[Rounds | None]:
+        counts = roots[0].bincount(minlength=len(self._documents)).tolist()
+        columns = zip(
+            (roots[1] + 1).split(counts),
+            emitted_R.split(counts),
+            exceeds_TRD.split(counts, 1),
+            strict=True,
+        )
+        return [
+            Rounds(roots_R, emitted, dict(zip(temperatures, exceeds, strict=True)))
+            if len(roots_R)
+            else None
+            for roots_R, emitted, exceeds in columns
+        ]
+
+    def _possible_roots(self) -> torch.Tensor:
+        """Document, slot and end of the turn of every root, int64 [3, R], on the CPU.
+
+        The root is the token after the slot; it and the token after it are the assistant's.
+        """
+        found = []
+        for number, document in enumerate(self._documents):
+            slots = np.flatnonzero(document.assistant[1:-1] & document.assistant[2:])
+            ends = _turn_ends(document.assistant)[slots + 1]
+            found.append(np.stack((np.full_like(slots, number), slots, ends)))
+        return torch.from_numpy(np.concatenate(found, 1))
 
 
 def _by_depth(
@@ -89,35 +149,28 @@ def _by_depth(
     depths_RN: torch.Tensor,
     depth: int,
     roots_R: torch.Tensor,
-    limit: int | None,
+    limits_R: torch.Tensor,
 ) -> torch.Tensor:
     """Float64 [R, D]: one path is accepted, so the nodes of a depth exclude each other."""
     shares = torch.zeros(len(probs_RN), depth + 1, dtype=torch.float64, device=probs_RN.device)
     shares.scatter_add_(1, depths_RN.long(), probs_RN.double())
-    if limit is not None:
-        # More than d tokens: the last of them at position root + d + 1.
-        last_RD = roots_R.unsqueeze(1) + torch.arange(depth + 1, device=roots_R.device) + 1
-        shares = shares.masked_fill(last_RD >= limit, 0.0)
-    return shares[:, 1:]
+    # More than d tokens: the last of them at position root + d + 1.
+    last_RD = roots_R.unsqueeze(1) + torch.arange(depth + 1, device=roots_R.device) + 1
+    return shares.masked_fill(last_RD >= limits_R.unsqueeze(1), 0.0)[:, 1:]
 
 
-def _possible_roots(assistant_T: torch.Tensor) -> torch.Tensor:
-    """Slots p whose root (token p+1) and next token (p+2) are the assistant's."""
-    return (assistant_T[1:-1] & assistant_T[2:]).nonzero().squeeze(1)
-
-
-def _turn_ends(assistant_T: torch.Tensor) -> torch.Tensor:
+def _turn_ends(assistant_T: np.ndarray) -> np.ndarray:
     """For each of the assistant's tokens the position behind its turn's last one, int64 [T]."""
     T = len(assistant_T)
-    others_T = torch.arange(T, device=assistant_T.device).where(~assistant_T, T)
-    return others_T.flip(0).cummin(0).values.flip(0)
+    others_T = np.where(assistant_T, T, np.arange(T))
+    return np.minimum.accumulate(others_T[::-1])[::-1]
 
 
-def _walk(slots: list[int], emitted: list[int]) -> list[int]:
-    """Indices of the roots that are drafted from, ``slots`` rising."""
+def _walk(places: list[int], emitted: list[int]) -> list[int]:
+    """Indices of the roots that are drafted from, ``places`` rising."""
     visited, beyond = [], -1
-    for index, slot in enumerate(slots):
-        if slot >= beyond:
+    for index, place in enumerate(places):
+        if place >= beyond:
             visited.append(index)
-            beyond = slot + emitted[index]
+            beyond = place + emitted[index]
     return visited

@@ -5,30 +5,38 @@ accepted with the target's probability of the path from the root to it, and the 
 of accepted drafts is the sum over the nodes. At temperature 0 the probability of a path is 1
 where every token on it is the target's most likely one, else 0.
 
-All trees of one document are scored in one forward of the target: their nodes stand behind the
-document as further rows, each of which sees the document up to its root and its ancestors.
+The target goes on from the keys and values of the documents, and runs over nodes that have
+children only: a leaf's probability is read where its parent stands.
 
-Shape suffixes: R roots, N nodes, S rows of the forward, T tokens of the document, H hidden.
+Shape suffixes: B documents, T slots, R roots, N nodes, M = N - 1 below the root, W nodes of a tree
+in the forward, P = 1 + W with the root, J key heads, D head dimension, H hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from vllm_eagle3.train.features import Target
-from vllm_eagle3.tree import mask
+from vllm_eagle3.train.features import DocumentStates, Target
+from vllm_eagle3.train.node_attention import (
+    MAX_ROWS,
+    NodeAttention,
+    node_bias,
+    num_columns,
+    trees_at_once,
+)
 from vllm_eagle3.tree.types import DraftTree
 from vllm_eagle3.tree.verify import verify
 
-_ROOTS = 64  # bounds the rows of one forward, 64 x (N - 1) behind the document
-_LOGIT_ROWS = 1024
+_PADDING = 1 / 8  # of a forward's rows at most; beyond, another forward costs less
 _NEVER = -1e4  # a log-probability whose exponential is 0 and which adds up without NaN
 
 
 @torch.no_grad()
 def path_probabilities(
     target: Target,
-    tokens_T: torch.Tensor,
+    states: DocumentStates,
+    documents_R: torch.Tensor,
     slots_R: torch.Tensor,
     trees: DraftTree,
     temperatures: Sequence[float],
@@ -39,103 +47,140 @@ def path_probabilities(
     the end whether it was drafted or not, and nothing after it.
 
     Args:
-        tokens_T: int64, the document.
-        slots_R: int64; the root of tree r is token ``slots_R[r] + 1``.
+        documents_R, slots_R: int64; the root of tree r is token ``slots_R[r] + 1`` of document
+            ``documents_R[r]``.
         temperatures: of the target's sampling; 0 for greedy.
 
     Returns:
         For each temperature float32 [R, N]; 0 in the root's column, so that the sum of a row is
         the expected number of tokens that the round emits, less one.
     """
-    chunks = []
-    for start in range(0, len(slots_R), _ROOTS):
-        part = slice(start, start + _ROOTS)
-        tree = DraftTree(*(value[part] for value in vars(trees).values()))
-        chunks.append(_probabilities(target, tokens_T, slots_R[part], tree, temperatures))
-    return [torch.cat(of_one) for of_one in zip(*chunks, strict=True)]
-
-
-def accepted_of_document(
-    tokens_T: torch.Tensor, slots_R: torch.Tensor, ends_R: torch.Tensor, trees: DraftTree
-) -> torch.Tensor:
-    """How many drafts are accepted where the target's draws are the document, int64 [R].
-
-    Args:
-        ends_R: int64, the position behind the root's turn; the target draws nothing from there.
-    """
-    wanted_RN = slots_R.unsqueeze(1) + 2 + trees.depths_BN
-    inside_RN = wanted_RN < ends_R.unsqueeze(1)
-    draws_RN = tokens_T[wanted_RN.clamp(max=len(tokens_T) - 1)].where(inside_RN, -1)
-    num_nodes_R = torch.full_like(slots_R, trees.tokens_BN.shape[1])
-    return verify(draws_RN, trees.tokens_BN, trees.parents_BN, num_nodes_R).path_len_B.long() - 1
-
-
-def _probabilities(target, tokens_T, slots_R, tree, temperatures) -> list[torch.Tensor]:
-    R, N = tree.tokens_BN.shape
-    T, device = len(tokens_T), tokens_T.device
-    nodes_RM = tree.tokens_BN[:, 1:]  # M = N - 1: the root is a token of the document
-    hidden_SH = _forward(target, tokens_T, slots_R, tree)
-
-    first_R1 = T + (torch.arange(R, device=device) * (N - 1)).unsqueeze(1)
-    parents_RM = tree.parents_BN[:, 1:].long()
-    rows_RM = (first_R1 + parents_RM - 1).where(parents_RM > 0, slots_R.unsqueeze(1) + 1)
-    hidden_PH, tokens_P = hidden_SH[rows_RM.flatten()], nodes_RM.flatten()
-
-    path_RNN = mask.bits_to_mask(tree.ancestor_bits_BN, N)[:, 1:, 1:]
-    ends_RM = torch.isin(nodes_RM, torch.tensor(target.end_token_ids, device=device))
-    stopped_RM = (path_RNN & ends_RM.unsqueeze(1)).any(-1)
-    results = []
-    for log_probs_P in _log_probabilities(target, hidden_PH, tokens_P, temperatures):
-        # Sums along paths, as a product with the paths' nodes; float64 keeps them exact enough.
-        log_probs_RM1 = log_probs_P.view(R, N - 1, 1)
-        path_RM = (path_RNN.to(log_probs_RM1) @ log_probs_RM1).squeeze(-1)
-        probs_RM = path_RM.exp().masked_fill(stopped_RM, 0.0).float()
-        results.append(torch.nn.functional.pad(probs_RM, (1, 0)))
+    is_parent_RN = torch.zeros_like(trees.parents_BN, dtype=torch.bool)
+    is_parent_RN.scatter_(1, trees.parents_BN[:, 1:].long(), True)
+    is_parent_RM = is_parent_RN[:, 1:]  # the root is a token of the document
+    # Trees with about as many parents run together, so that little of a forward is padding.
+    widths_R, order_R = is_parent_RM.sum(1).sort(descending=True)
+    results = [torch.empty_like(trees.scores_BN) for _ in temperatures]
+    for part, width in _parts(target, states, widths_R.tolist()):
+        rows = order_R[part]
+        # Where a tree has fewer, leaves fill up.
+        nodes_RW = (~is_parent_RM[rows]).sort(dim=1, stable=True).indices[:, :width] + 1
+        tree = DraftTree(*(value[rows] for value in vars(trees).values()))
+        roots = documents_R[rows], slots_R[rows]
+        probabilities = _probabilities(target, states, *roots, tree, nodes_RW, temperatures)
+        for result, probs_RN in zip(results, probabilities, strict=True):
+            result[rows] = probs_RN
     return results
 
 
-def _forward(target, tokens_T, slots_R, tree) -> torch.Tensor:
-    """The target's last hidden states of the document's and of all trees' tokens, [S, H]."""
-    R, N = tree.tokens_BN.shape
-    T, device = len(tokens_T), tokens_T.device
-    S = T + R * (N - 1)
-    positions_RM = slots_R.unsqueeze(1) + 1 + tree.depths_BN[:, 1:]
-    visible_SS = torch.zeros(S, S, dtype=torch.bool, device=device)
-    visible_SS[:T, :T] = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    before_root_RT = torch.arange(T, device=device) <= slots_R.unsqueeze(1) + 1
-    visible_SS[T:, :T] = before_root_RT.repeat_interleave(N - 1, 0)
-    own_RMM = mask.bits_to_mask(tree.ancestor_bits_BN, N)[:, 1:, 1:]
-    visible_SS[T:, T:].view(R, N - 1, R, N - 1).diagonal(dim1=0, dim2=2).copy_(
-        own_RMM.permute(1, 2, 0)
-    )
-    dtype = target.embedding.dtype
-    # Additive, which every attention implementation of Transformers takes.
-    bias_SS = torch.zeros(S, S, dtype=dtype, device=device)
-    bias_SS.masked_fill_(~visible_SS, torch.finfo(dtype).min)
-    positions_S = torch.cat((torch.arange(T, device=device), positions_RM.flatten()))
-    output = target.model.model(
-        input_ids=torch.cat((tokens_T, tree.tokens_BN[:, 1:].flatten())).unsqueeze(0),
-        attention_mask=bias_SS[None, None],
-        position_ids=positions_S.unsqueeze(0),
-        use_cache=False,
-    )
-    return output.last_hidden_state[0]
+def accepted_of_documents(
+    tokens_BT: torch.Tensor,
+    documents_R: torch.Tensor,
+    slots_R: torch.Tensor,
+    ends_R: torch.Tensor,
+    trees: DraftTree,
+    depth: int,
+) -> torch.Tensor:
+    """How many drafts are accepted where the target's draws are the documents, int64 [R].
+
+    Args:
+        documents_R, slots_R: as in :func:`path_probabilities`.
+        ends_R: int64, the position behind the root's turn; the target draws nothing from there.
+        depth: bound on that of the trees.
+    """
+    wanted_RN = slots_R.unsqueeze(1) + 2 + trees.depths_BN
+    inside_RN = wanted_RN < ends_R.unsqueeze(1)
+    last = tokens_BT.shape[1] - 1
+    draws_RN = tokens_BT[documents_R.unsqueeze(1), wanted_RN.clamp(max=last)].where(inside_RN, -1)
+    num_nodes_R = torch.full_like(slots_R, trees.tokens_BN.shape[1])
+    accepted = verify(draws_RN, trees.tokens_BN, trees.parents_BN, num_nodes_R, depth)
+    return accepted.path_len_B.long() - 1
 
 
-def _log_probabilities(target, hidden_PH, tokens_P, temperatures) -> list[torch.Tensor]:
-    """For each temperature float64 [P]: the log-probability of token p after row p."""
-    results = [torch.empty(len(tokens_P), dtype=torch.float64, device=tokens_P.device)]
-    results += [torch.empty_like(results[0]) for _ in temperatures[1:]]
-    for start in range(0, len(tokens_P), _LOGIT_ROWS):
-        part = slice(start, start + _LOGIT_ROWS)
-        tokens = tokens_P[part]
-        logits = hidden_PH[part] @ target.output_matrix.T
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _parts(
+    target: Target, states: DocumentStates, widths: Sequence[int]
+) -> Iterator[tuple[slice, int]]:
+    """Trees that one forward takes, and the nodes of each in it; ``widths`` fall."""
+    device = states.tokens_BT.device
+    _, J, T, D = states.keys_values[0][0].shape
+    first = 0
+    while first < len(widths):
+        width = widths[first]
+        size = J * num_columns(T, width) * D * target.embedding.element_size()
+        last = first + trees_at_once(device, width, size)
+        padding = itertools.accumulate(width - of_tree for of_tree in widths[first:last])
+        last = first + sum(rows <= MAX_ROWS[device.type] * _PADDING for rows in padding)
+        yield slice(first, last), width
+        first = last
+
+
+def _probabilities(
+    target, states, documents_R, slots_R, tree, nodes_RW, temperatures
+) -> list[torch.Tensor]:
+    W, device = nodes_RW.shape[1], nodes_RW.device
+    hidden_RPH = states.hidden_BTH[documents_R, slots_R + 1].unsqueeze(1)
+    if W:
+        nodes_RWH = _forward(target, states, documents_R, slots_R, tree, nodes_RW)
+        hidden_RPH = torch.cat((hidden_RPH, nodes_RWH), 1)
+    # Where each node's parent stands among the P; the root, which is its own, at 0.
+    parents_RN = tree.parents_BN.long().clamp(min=0)
+    places_RN = torch.zeros_like(parents_RN)
+    places_RN.scatter_(1, nodes_RW, torch.arange(1, W + 1, device=device).expand_as(nodes_RW))
+    places_RN = places_RN.gather(1, parents_RN)
+    ends_RN = torch.isin(tree.tokens_BN, torch.tensor(target.end_token_ids, device=device))
+    results = []
+    for log_probs_RN in _log_probabilities(
+        target, hidden_RPH, places_RN, tree.tokens_BN, temperatures
+    ):
+        log_probs_RN.masked_fill_(ends_RN, _NEVER)[:, 0] = 0.0
+        probs_RN = _along_paths(log_probs_RN, parents_RN).exp().float()
+        probs_RN[:, 0] = 0.0
+        results.append(probs_RN)
+    return results
+
+
+def _along_paths(values_RN: torch.Tensor, parents_RN: torch.Tensor) -> torch.Tensor:
+    """Sums over each node and its ancestors; the root, its own parent, has the value 0."""
+    # Pointer doubling: after s steps, the 2**s nearest are in and `parents` is 2**s up.
+    for _ in range((parents_RN.shape[1] - 1).bit_length()):
+        values_RN = values_RN + values_RN.gather(1, parents_RN)
+        parents_RN = parents_RN.gather(1, parents_RN)
+    return values_RN
+
+
+def _forward(target, states, documents_R, slots_R, tree, nodes_RW) -> torch.Tensor:
+    """The target's last hidden states of some nodes, [R, W, H]; their ancestors are among them."""
+    T, W = states.tokens_BT.shape[1], nodes_RW.shape[1]
+    bits_RW = tree.ancestor_bits_BN.gather(1, nodes_RW)
+    own_RWW = (bits_RW.unsqueeze(2) >> nodes_RW.unsqueeze(1)) & 1 == 1
+    group = target.config.num_attention_heads // target.config.num_key_value_heads
+    bias = node_bias(slots_R + 1, own_RWW, T, group, target.embedding.dtype)
+
+    def attend(layer: int, q, k, v) -> torch.Tensor:
+        return NodeAttention(*states.keys_values[layer], documents_R, W)(q, k, v, bias)
+
+    positions_RW = slots_R.unsqueeze(1) + 1 + tree.depths_BN.gather(1, nodes_RW)
+    return target.run_nodes(tree.tokens_BN.gather(1, nodes_RW), positions_RW, attend)
+
+
+def _log_probabilities(
+    target, hidden_RPH, places_RN, tokens_RN, temperatures
+) -> list[torch.Tensor]:
+    """For each temperature float64 [R, N]: of each token after row ``places`` of its tree."""
+    results = [torch.empty_like(tokens_RN, dtype=torch.float64) for _ in temperatures]
+    P, V = hidden_RPH.shape[1], len(target.output_matrix)
+    size = trees_at_once(tokens_RN.device, P, 4 * P * V)
+    for first in range(0, len(tokens_RN), size):
+        part = slice(first, first + size)
+        places, tokens = places_RN[part], tokens_RN[part]
+        logits_RPV = hidden_RPH[part] @ target.output_matrix.T
+        logits_RPV = logits_RPV.to(torch.promote_types(logits_RPV.dtype, torch.float32))
         for temperature, result in zip(temperatures, results, strict=True):
             if temperature == 0:
-                result[part] = torch.where(logits.argmax(-1) == tokens, 0.0, _NEVER)
+                best = logits_RPV.argmax(-1).gather(1, places)
+                result[part] = torch.where(best == tokens, 0.0, _NEVER)
             else:
-                log_probs = (logits / temperature).log_softmax(-1)
-                chosen = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+                log_probs = (logits_RPV / temperature).log_softmax(-1).flatten(1)
+                chosen = log_probs.gather(1, places * V + tokens)
                 result[part] = chosen.double().clamp(min=_NEVER)
     return results

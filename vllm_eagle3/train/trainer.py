@@ -186,7 +186,6 @@ class _Trainer:
         self.evaluation = evaluate(
             *(learner.head, learner.target, self.held_out, self.config, self.device),
             learner.measure,
-            learner.read,
             self.loader.group,
         )
         self.log.write("evaluation", step=self.step, **asdict(self.evaluation))
