@@ -64,7 +64,8 @@ def draft_logits(
     head_dir: Path, target: States, tokens: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Of three draft steps, each of which takes the state of the one before."""
-    head = load_head(head_dir, target.embedding).to(dtype)
+    depth = len(target.hidden) - 1
+    head = load_head(head_dir, target.embedding, num_target_layers=depth).to(dtype)
     features = torch.cat([target.hidden[layer] for layer in head.config.aux_layer_ids], -1)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     state = head.fuse(features.to(dtype))
