@@ -7,7 +7,7 @@ slot of the document. The documents of a batch are within a factor of four in le
 (:mod:`vllm_eagle3.train.packing`), so that the copies are about 1.5 times the batch.
 
 Shape suffixes: B rows, T slots, P = B T, C documents of a batch, L slots of the longest,
-N heads, D head dimension.
+N heads, D head dimension, X channels.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,11 @@ class DocumentLayout:
         )
         self._packed_CL[self._padded_P] = torch.arange(B * T, device=positions_P.device)
 
+    @property
+    def longest(self) -> int:
+        """Slots L of the longest document."""
+        return self._shape_CL[1]
+
     def to(self, device: torch.device) -> "DocumentLayout":
         """On another device, without reading anything back from it."""
         moved = copy(self)
@@ -56,10 +61,34 @@ class DocumentLayout:
         x_PND = x_BNTD.transpose(1, 2).flatten(0, 1)
         return x_PND.index_select(0, self._packed_CL).unflatten(0, self._shape_CL).transpose(1, 2)
 
+    def apart(self, x_PX: torch.Tensor) -> torch.Tensor:
+        """[P, X] -> [C, L, X]; what a document's padding holds is seen by none of its slots."""
+        return x_PX.index_select(0, self._packed_CL).unflatten(0, self._shape_CL)
+
+    def together(self, x_CLX: torch.Tensor) -> torch.Tensor:
+        """[C, L, X] -> [P, X]."""
+        return x_CLX.flatten(0, 1).index_select(0, self._padded_P)
+
     def join(self, x_CNLD: torch.Tensor) -> torch.Tensor:
         """[C, N, L, D] -> [B, N, T, D]."""
         x_CLND = x_CNLD.transpose(1, 2).flatten(0, 1)
         return x_CLND.index_select(0, self._padded_P).unflatten(0, self._shape_BT).transpose(1, 2)
+
+
+class RowLayout:
+    """As :class:`DocumentLayout`, for one document a row: nothing is to be moved."""
+
+    def __init__(self, num_rows: int, longest: int) -> None:
+        self._shape_CL = num_rows, longest
+        self.longest = longest
+
+    def apart(self, x_PX: torch.Tensor) -> torch.Tensor:
+        """[P, X] -> [C, L, X]."""
+        return x_PX.unflatten(0, self._shape_CL)
+
+    def together(self, x_CLX: torch.Tensor) -> torch.Tensor:
+        """[C, L, X] -> [P, X]."""
+        return x_CLX.flatten(0, 1)
 
 
 def attend_within_documents(model: nn.Module) -> None:
