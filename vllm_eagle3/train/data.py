@@ -44,16 +44,26 @@ class TokenBatch:
         return None if self.positions_BT is None else DocumentLayout(self.positions_BT)
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """On another device, with its layout; nothing is read back from there."""
-        layout = None if self.layout is None else self.layout.to(device)
-        moved = TokenBatch(
-            self.tokens_BT.to(device, non_blocking=True),
-            self.assistant_BT.to(device, non_blocking=True),
-            None if layout is None else layout.positions_BT,
-            tuple(slots_M.to(device, non_blocking=True) for slots_M in self.slots),
-        )
-        moved.layout = layout
-        return moved
+        """On another device, with its layout, in two transfers that the host does not wait for."""
+        (assistant_BT,) = _moved([self.assistant_BT], device)
+        numbers = [self.tokens_BT, *self.slots]
+        indices = [] if self.layout is None else self.layout.indices
+        moved = _moved([*numbers, *indices], device)
+        tokens_BT, *slots = moved[: len(numbers)]
+        batch = TokenBatch(tokens_BT, assistant_BT, slots=tuple(slots))
+        if self.layout is not None:
+            batch.layout = self.layout.with_indices(moved[len(numbers) :])
+            batch.positions_BT = batch.layout.positions_BT
+        return batch
+
+
+def _moved(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of one type, in one transfer."""
+    flat = torch.cat([x.flatten() for x in tensors])
+    if device.type == "cuda":
+        flat = flat.pin_memory()  # from other memory the host would wait until it has left
+    parts = flat.to(device, non_blocking=True).split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def split_held_out(

@@ -10,7 +10,7 @@ Shape suffixes: B rows, T slots, P = B T, C documents of a batch, L slots of the
 N heads, D head dimension, X channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -24,7 +24,7 @@ class DocumentLayout:
     """Where the documents of a packed batch lie.
 
     Making one reads the positions, for which the host would wait where they are a GPU's: make
-    it on the CPU, and move it.
+    it on the CPU, and move its indices.
 
     Attributes:
         positions_BT: int64, restarting at 0 with each document; every row begins with one.
@@ -49,11 +49,15 @@ class DocumentLayout:
         """Slots L of the longest document."""
         return self._shape_CL[1]
 
-    def to(self, device: torch.device) -> "DocumentLayout":
-        """On another device, without reading anything back from it."""
+    @property
+    def indices(self) -> tuple[torch.Tensor, ...]:
+        """The tensors of a layout, int64; the positions first."""
+        return self.positions_BT, self._padded_P, self._packed_CL
+
+    def with_indices(self, indices: Sequence[torch.Tensor]) -> "DocumentLayout":
+        """The same layout with copies of its :attr:`indices`, as on another device."""
         moved = copy(self)
-        for name in ("positions_BT", "_padded_P", "_packed_CL"):
-            setattr(moved, name, getattr(self, name).to(device, non_blocking=True))
+        moved.positions_BT, moved._padded_P, moved._packed_CL = indices
         return moved
 
     def split(self, x_BNTD: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,6 @@
 """What the target says about a batch: captured states and logits, computed on the fly."""
 
-from collections.abc import Callable
-=======
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial

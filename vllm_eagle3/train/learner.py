@@ -92,8 +92,11 @@ class Learner:
             lr=config.learning_rate,
             betas=_BETAS,
             weight_decay=0.0,
-            fused=device.type == "cuda",
+            fused=True,  # the only one that heeds ``found_inf``
         )
+        # 1 once a gradient was not finite: on the device, where the optimiser looks for it.
+        self._failed = torch.zeros((), device=device)
+        self.optimizer.found_inf = self._failed
         self._trained: nn.Module = HeadLoss(self.head, self.objective.loss)
 
     @property
@@ -122,10 +125,8 @@ class Learner:
 
         Returns:
             This process's share of the measures, float32 [1 + 3K]: the loss, then losses,
-            accuracy and accepted by draft step; and the norm of the gradient.
-
-        Raises:
-            FloatingPointError: the gradient is not finite; the weights are as before.
+            accuracy and accepted by draft step; and the norm of the gradient. The host need not
+            wait for either.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(progress)
@@ -141,11 +142,25 @@ class Learner:
             measures += share * _as_vector(result)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
         # Of the summed gradient, so that all processes stop together.
-        if not torch.isfinite(grad_norm):
-            raise FloatingPointError("the gradient is not finite")
+        self._failed.logical_or_(grad_norm.isfinite().logical_not())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return measures, grad_norm
+
+    def check_finite(self) -> None:
+        """Wait for the steps so far.
+
+        Raises:
+            FloatingPointError: the gradient of one of them was not finite; the weights are those
+                before it, and :attr:`updates` the steps until then.
+        """
+        if self._failed:
+            raise FloatingPointError("the gradient is not finite")
+
+    @property
+    def updates(self) -> int:
+        """Steps of the optimiser that have changed the weights."""
+        return max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
 
     def _forward(self, batch: TokenBatch, settings: LossSettings) -> LossResult:
         with self._autocast():
