@@ -82,6 +82,14 @@ def split_held_out(
     return [documents[i] for i in order[num_held_out:]], held_out
 
 
+def drawn_share(documents: Sequence[Document], share: float) -> Sequence[Document]:
+    """The first ones of documents in random order, as :func:`split_held_out` leaves them.
+
+    Those of a smaller share are among those of a larger one; it is one document at least.
+    """
+    return documents[: max(1, round(share * len(documents)))]
+
+
 def check_documents(
     documents: Sequence[Document], vocab_size: int, max_length: int, max_positions: int
 ) -> None:

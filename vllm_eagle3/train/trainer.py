@@ -16,7 +16,7 @@ from vllm_eagle3.files import make_out_folder
 from vllm_eagle3.train import checkpoints, fingerprint, interruption
 from vllm_eagle3.train.card import model_card
 from vllm_eagle3.train.clock import Clock
-from vllm_eagle3.train.data import split_held_out
+from vllm_eagle3.train.data import drawn_share, split_held_out
 from vllm_eagle3.train.distributed import World, failing_once, is_main_process, joined
 from vllm_eagle3.train.evaluation import Evaluation, evaluate
 from vllm_eagle3.train.export import export
@@ -91,7 +91,8 @@ class _Trainer:
         torch.manual_seed(config.seed)
         corpus = read_corpus(*data_dirs)
         make_out_folder(out_dir)
-        self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
+        known, self.held_out = split_held_out(corpus, config.held_out, config.seed)
+        self.documents = drawn_share(known, config.data_share)
         self.learner = Learner(target, self.documents, config, device, world, self.held_out)
         self.inputs = {
             "data": fingerprint.of_documents(corpus),
