@@ -126,7 +126,7 @@ def test_slots_that_were_not_counted_before_are_counted_in_the_loss(name: str) -
     ((batch, _),) = next(loader.steps(0, CPU)).parts
     head.eval()  # no noise
     loss = objective.loss(head, objective.read(target, batch, head), objective.settings).loss
-    batch.slots = ()
+    batch.slots = None
     again = objective.loss(head, objective.read(target, batch, head), objective.settings).loss
     assert loss == again
 

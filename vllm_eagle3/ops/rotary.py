@@ -60,5 +60,6 @@ def _rotate_halves_torch(
 ) -> torch.Tensor:
     cos, sin = cos_BTD.unsqueeze(2), sin_BTD.unsqueeze(2)
     first, second = x.chunk(2, -1)
-    turned = torch.cat((second, -first) if inverse else (-second, first), -1)
-    return (x * cos + turned * sin).to(x.dtype).contiguous()
+    out = torch.cat((second, -first) if inverse else (-second, first), -1) * sin
+    out += x * cos
+    return out.to(x.dtype).contiguous()

@@ -20,6 +20,19 @@ _WINDOW_BATCHES = 16
 _LENGTH_MULTIPLE = 64  # few distinct shapes, whole tiles
 
 
+@dataclass(frozen=True)
+class CountedSlots:
+    """The slots that count in the losses of draft steps k = 0, 1, ... of a batch of B x T = P.
+
+    Attributes:
+        at_M: int64, rising: k P + slot.
+        sizes: how many count in each step.
+    """
+
+    at_M: torch.Tensor
+    sizes: tuple[int, ...]
+
+
 @dataclass
 class TokenBatch:
     """Documents as rows of tokens.
@@ -29,14 +42,13 @@ class TokenBatch:
         assistant_BT: bool, False on padding.
         positions_BT: int64; of packed rows, restarting at 0 with each document. None for one
             document a row.
-        slots: for each draft step the slots that count in its loss, int64 [M]; empty where
-            they have not been counted.
+        slots: those that count in the loss; None where they have not been counted.
     """
 
     tokens_BT: torch.Tensor
     assistant_BT: torch.Tensor
     positions_BT: torch.Tensor | None = None
-    slots: tuple[torch.Tensor, ...] = ()
+    slots: CountedSlots | None = None
 
     @cached_property
     def layout(self) -> DocumentLayout | None:
@@ -46,13 +58,17 @@ class TokenBatch:
     def to(self, device: torch.device) -> "TokenBatch":
         """On another device, with its layout, in two transfers that the host does not wait for."""
         (assistant_BT,) = _moved([self.assistant_BT], device)
-        numbers = [self.tokens_BT, *self.slots]
-        indices = [] if self.layout is None else self.layout.indices
-        moved = _moved([*numbers, *indices], device)
-        tokens_BT, *slots = moved[: len(numbers)]
-        batch = TokenBatch(tokens_BT, assistant_BT, slots=tuple(slots))
+        numbers = [self.tokens_BT]
+        if self.slots is not None:
+            numbers.append(self.slots.at_M)
         if self.layout is not None:
-            batch.layout = self.layout.with_indices(moved[len(numbers) :])
+            numbers += self.layout.indices
+        tokens_BT, *numbers = _moved(numbers, device)
+        batch = TokenBatch(tokens_BT, assistant_BT)
+        if self.slots is not None:
+            batch.slots = CountedSlots(numbers.pop(0), self.slots.sizes)
+        if self.layout is not None:
+            batch.layout = self.layout.with_indices(numbers)
             batch.positions_BT = batch.layout.positions_BT
         return batch
 

@@ -73,6 +73,15 @@ class DocumentLayout:
         """[C, L, X] -> [P, X]."""
         return x_CLX.flatten(0, 1).index_select(0, self._padded_P)
 
+    def spread(self, x_PX: torch.Tensor) -> torch.Tensor:
+        """[P, X] -> [C, L, X], zeros in the padding: the gradient of :meth:`together`.
+
+        That of :meth:`apart` is :meth:`together`, where nothing flows into the padding.
+        """
+        C, L = self._shape_CL
+        x_SX = x_PX.new_zeros(C * L, x_PX.shape[1])
+        return x_SX.index_copy_(0, self._padded_P, x_PX).unflatten(0, (C, L))
+
     def join(self, x_CNLD: torch.Tensor) -> torch.Tensor:
         """[C, N, L, D] -> [B, N, T, D]."""
         x_CLND = x_CNLD.transpose(1, 2).flatten(0, 1)
@@ -93,6 +102,11 @@ class RowLayout:
     def together(self, x_CLX: torch.Tensor) -> torch.Tensor:
         """[C, L, X] -> [P, X]."""
         return x_CLX.flatten(0, 1)
+
+    spread = apart
+
+
+Layout = DocumentLayout | RowLayout
 
 
 def attend_within_documents(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vllm_eagle3.data.target import TRAINABLE_TYPE, reading_target
-from vllm_eagle3.train.data import TokenBatch
+from vllm_eagle3.train.data import CountedSlots, TokenBatch
 from vllm_eagle3.train.documents import DocumentLayout, attend_within_documents
 from vllm_eagle3.train.llama import LlamaDecoder
 
@@ -36,7 +36,7 @@ class FeatureBatch:
     assistant_BT: torch.Tensor
     features_BTF: torch.Tensor
     layout: DocumentLayout | None = field(default=None, kw_only=True)
-    slots: tuple[torch.Tensor, ...] = field(default=(), kw_only=True)
+    slots: CountedSlots | None = field(default=None, kw_only=True)
 
     @property
     def positions_BT(self) -> torch.Tensor:

@@ -114,8 +114,7 @@ class Learner:
 
     def measure(self, batch: TokenBatch) -> LossResult:
         """The objective without its noise, on this process alone; not for gradients."""
-        with self._autocast():
-            return self.objective.loss(self.head, self.read(batch), self.quiet)
+        return self.objective.loss(self.head, self.read(batch), self.quiet)
 
     def optimise(self, batches: StepBatches, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of the optimiser.
@@ -163,11 +162,7 @@ class Learner:
         return max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
 
     def _forward(self, batch: TokenBatch, settings: LossSettings) -> LossResult:
-        with self._autocast():
-            return self._trained(self.read(batch), settings)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
+        return self._trained(self.read(batch), settings)
 
     def read(self, batch: TokenBatch) -> FeatureBatch:
         """What the target says about a batch, as the head and the loss take it."""

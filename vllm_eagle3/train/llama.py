@@ -17,9 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm_eagle3.ops import rotate_halves
-from vllm_eagle3.train.documents import DocumentLayout, RowLayout
-
-Layout = DocumentLayout | RowLayout
+from vllm_eagle3.train.documents import DocumentLayout, Layout, RowLayout
 
 
 class _Linear(NamedTuple):
