@@ -56,8 +56,8 @@ class DraftHead(nn.Module):
     And the four functions of a drafting round, with states of shape [..., H]:
 
         fuse(features) -> state       of what the target captured, before the first step
-        step(tokens, state, positions, attend) -> out, where attend takes q, k, v as BNTD,
-                                      rotated, keys and values repeated to the query heads
+        step(tokens, state, positions, attend) -> out; attend takes q, k, v as BNTD, rotated,
+                                      keys and values repeated to the query heads
         feedback(out) -> state        of the next step
         logits(out)                   over the draft vocabulary
 
@@ -111,9 +111,15 @@ class DraftHead(nn.Module):
         state_BTH: torch.Tensor,
         positions_BT: torch.Tensor,
         attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        prepared: Prepared | None = None,
     ) -> torch.Tensor:
-        """One draft step: the layer's output, before the final norm, if there is one."""
+        """One draft step: the layer's output, before the final norm, if there is one.
+
+        Args:
+            prepared: of :meth:`prepared`, where it has been made for several steps.
+        """
         dtype = state_BTH.dtype
+        prepared = prepared or self.prepared(dtype)
         angles = rotary_angles(positions_BT, self.config, self.fc.weight.dtype)
 
         def attend_to_heads(qkv_BTX: torch.Tensor) -> torch.Tensor:
@@ -121,7 +127,7 @@ class DraftHead(nn.Module):
             return out_BNTD.transpose(1, 2).flatten(2)
 
         embeds_BTH = self.embed(tokens_BT, dtype)
-        return self.run(embeds_BTH, state_BTH, self.prepared(dtype), attend_to_heads)
+        return self.run(embeds_BTH, state_BTH, prepared, attend_to_heads)
 
     @property
     def draft_token_ids(self) -> torch.Tensor:
