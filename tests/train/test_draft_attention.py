@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.train import small
+from vllm_eagle3.train.attention import diagonal_attention
 from vllm_eagle3.train.documents import DocumentLayout, Layout, RowLayout
 from vllm_eagle3.train.draft_attention import DraftAttention
 from vllm_eagle3.train.head_config import HeadConfig
-from vllm_eagle3.train.layers import rotary_angles
+from vllm_eagle3.train.layers import rotary_angles, rotated_heads
 
 STEPS = 3
 
@@ -19,10 +20,11 @@ def layout(packed: bool) -> Layout:
     return DocumentLayout(torch.tensor(rows))
 
 
+@pytest.mark.parametrize("impl", ["flash", "math"])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 def test_outputs_and_gradients_are_those_of_torchs_own_functions(
-    packed: bool, num_kv_heads: int
+    packed: bool, num_kv_heads: int, impl: str
 ) -> None:
     model = small.llama(num_key_value_heads=num_kv_heads)
     config, rows = HeadConfig.from_target(model.config, 64), layout(packed)
@@ -37,17 +39,27 @@ def test_outputs_and_gradients_are_those_of_torchs_own_functions(
     ]
     upstream = [random(22, E) for _ in range(STEPS)]
 
-    def run(impl: str) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    def run(attend_in_turn) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
         outs, seen = [], []
         for step, qkv_PX in enumerate(given):
             positions_1L = torch.arange(step, step + rows.longest).unsqueeze(0)
             angles = rotary_angles(positions_1L, config, torch.float64)
-            attend = DraftAttention(config, rows, angles, tuple(seen), impl)
-            outs.append(attend(qkv_PX))
-            seen.append(attend.newest)
+            out_PE, newest = attend_in_turn(qkv_PX, angles, seen)
+            outs.append(out_PE)
+            seen.append(newest)
         return outs, torch.autograd.grad(outs, given, upstream)
 
-    torch.testing.assert_close(run("flash"), run("math"), rtol=1e-9, atol=1e-11)
+    def as_trained(qkv_PX, angles, seen):
+        attend = DraftAttention(config, rows, angles, tuple(seen), impl)
+        return attend(qkv_PX), attend.newest
+
+    def by_torch(qkv_PX, angles, seen):
+        q, *newest = rotated_heads(rows.apart(qkv_PX), angles, config)
+        keys, values = zip(*seen, newest, strict=True)
+        out = diagonal_attention(q, keys[0], values[0], keys[1:], values[1:], "math")
+        return rows.together(out.transpose(1, 2).flatten(2)), newest
+
+    torch.testing.assert_close(run(as_trained), run(by_torch), rtol=1e-9, atol=1e-11)
 
 
 def test_the_gradients_of_a_layout_are_its_other_direction() -> None:
