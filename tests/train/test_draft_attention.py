@@ -6,7 +6,7 @@ import torch
 from tests.train import small
 from vllm_eagle3.train.attention import diagonal_attention
 from vllm_eagle3.train.documents import DocumentLayout, Layout, RowLayout
-from vllm_eagle3.train.draft_attention import DraftAttention
+from vllm_eagle3.train.draft_attention import DraftAttention, Geometry
 from vllm_eagle3.train.head_config import HeadConfig
 from vllm_eagle3.train.layers import rotary_angles, rotated_heads
 
@@ -50,7 +50,7 @@ def test_outputs_and_gradients_are_those_of_torchs_own_functions(
         return outs, torch.autograd.grad(outs, given, upstream)
 
     def as_trained(qkv_PX, angles, seen):
-        attend = DraftAttention(config, rows, angles, tuple(seen), impl)
+        attend = DraftAttention(Geometry(config, rows, angles), tuple(seen), impl)
         return attend(qkv_PX), attend.newest
 
     def by_torch(qkv_PX, angles, seen):

@@ -9,6 +9,7 @@ G key heads, D head dimension, X = (N + 2 G) D.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -26,11 +27,42 @@ from vllm_eagle3.train.layers import Angles, rotated_heads, rotated_heads_gradie
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
+class Geometry(NamedTuple):
+    """Where the slots of a draft step are: in memory, and in their documents.
+
+    It holds nothing that has a gradient: nodes of autograd's graph keep it.
+
+    Attributes:
+        angles: of a document's slots in this step, [1, L, D].
+    """
+
+    config: HeadConfig
+    layout: Layout
+    angles: Angles
+
+    def heads(self, qkv_PX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k, v of each document, CNLD: see :func:`rotated_heads`."""
+        return rotated_heads(self.layout.apart(qkv_PX), self.angles, self.config)
+
+    def heads_gradient(self, grads_CNLD: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Of :meth:`heads`, [P, X]; none flows into the documents' padding."""
+        grad_CLX = rotated_heads_gradient(grads_CNLD, self.angles, self.config)
+        return self.layout.together(grad_CLX)
+
+    def joined(self, out_CNLD: torch.Tensor) -> torch.Tensor:
+        """[P, N D]."""
+        return self.layout.together(out_CNLD.transpose(1, 2).flatten(2))
+
+    def joined_gradient(self, grad_PE: torch.Tensor) -> torch.Tensor:
+        """Of :meth:`joined`, CNLD: zeros in the padding, which so gives no gradient on."""
+        grad_CLE = self.layout.spread(grad_PE)
+        return grad_CLE.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+
 class DraftAttention:
     """Attention of draft step k within the documents of packed or padded rows.
 
     Args:
-        angles: of a document's slots in this step, [1, L, D].
         earlier: keys and values of the steps before, from step 0, each as a pair.
         impl: as of ``diagonal_attention``.
 
@@ -39,71 +71,54 @@ class DraftAttention:
     """
 
     def __init__(
-        self,
-        config: HeadConfig,
-        layout: Layout,
-        angles: Angles,
-        earlier: Sequence[KeysAndValues] = (),
-        impl: str = "flash",
+        self, geometry: Geometry, earlier: Sequence[KeysAndValues] = (), impl: str = "flash"
     ) -> None:
-        self.config, self.layout, self.angles = config, layout, angles
-        self._earlier, self._impl = earlier, impl
+        self._geometry, self._earlier, self._impl = geometry, earlier, impl
         self.newest: KeysAndValues | None = None
 
     def __call__(self, qkv_PX: torch.Tensor) -> torch.Tensor:
         """[P, X] -> [P, N D]."""
-        q, *newest = _Heads.apply(qkv_PX, self)
+        q, *newest = _Heads.apply(qkv_PX, self._geometry)
         self.newest = tuple(newest)
         keys, values = zip(*self._earlier, self.newest, strict=True)
         if self._impl == "flash":
-            return _Attention.apply(self, q, *keys, *values)
+            return _Attention.apply(self._geometry, q, *keys, *values)
         out = diagonal_attention(q, keys[0], values[0], keys[1:], values[1:], self._impl)
-        return self.joined(out)
-
-    def joined(self, out_CNLD: torch.Tensor) -> torch.Tensor:
-        """[C, N, L, D] -> [P, N D]."""
-        return self.layout.together(out_CNLD.transpose(1, 2).flatten(2))
+        return self._geometry.joined(out)
 
 
 class _Heads(torch.autograd.Function):
-    """[P, X] -> q, k, v of each document, CNLD: see :func:`rotated_heads`.
-
-    The gradient takes it that none flows into the documents' padding.
-    """
+    """[P, X] -> q, k, v of each document, CNLD."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, qkv_PX, attention: DraftAttention):
-        ctx.attention = attention
-        return rotated_heads(attention.layout.apart(qkv_PX), attention.angles, attention.config)
+    def forward(ctx: FunctionCtx, qkv_PX, geometry: Geometry):
+        ctx.geometry = geometry
+        return geometry.heads(qkv_PX)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads_CNLD):
-        attention = ctx.attention
-        grad_CLX = rotated_heads_gradient(grads_CNLD, attention.angles, attention.config)
-        return attention.layout.together(grad_CLX), None
+        return ctx.geometry.heads_gradient(grads_CNLD), None
 
 
 class _Attention(torch.autograd.Function):
     """Queries, and keys and values of all steps so far, CNLD, -> output, [P, N D]."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, attention: DraftAttention, q, *keys_and_values):
+    def forward(ctx: FunctionCtx, geometry: Geometry, q, *keys_and_values):
         num_steps = len(keys_and_values) // 2
         keys, values = keys_and_values[:num_steps], keys_and_values[num_steps:]
         q, out, lse, ctx.extra = joint_attention(q, keys, values)
         ctx.save_for_backward(q, out, lse, *keys, *values)
-        ctx.attention = attention
-        return attention.joined(out)
+        ctx.geometry = geometry
+        return geometry.joined(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_PE):
         q, out, lse, *rest = ctx.saved_tensors
         keys, values = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        # Zeros in the padding, which takes no gradient, and so gives none.
-        grad_CLE = ctx.attention.layout.spread(grad_PE)
-        grad_CNLD = grad_CLE.unflatten(-1, (-1, q.shape[-1])).transpose(1, 2)
+        grad_CNLD = ctx.geometry.joined_gradient(grad_PE)
         joint = Joint(q, out, lse, ctx.extra)
         grad_q, keys, values = joint_attention_gradient(grad_CNLD, joint, keys, values)
         return None, grad_q, *keys, *values

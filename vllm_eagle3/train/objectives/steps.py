@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vllm_eagle3.train.documents import RowLayout
-from vllm_eagle3.train.draft_attention import DraftAttention
+from vllm_eagle3.train.draft_attention import DraftAttention, Geometry
 from vllm_eagle3.train.features import FeatureBatch
 from vllm_eagle3.train.layers import rotary_angles
 from vllm_eagle3.train.model import DraftHead
@@ -66,9 +66,8 @@ class DraftSteps:
     def _run(self, state_PH, earlier) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         step, L = len(earlier), self._layout.longest
         cos, sin = (x_1ED[:, step : step + L] for x_1ED in self._angles)
-        attend = DraftAttention(
-            self._head.config, self._layout, (cos, sin), earlier, self._settings.attention
-        )
+        geometry = Geometry(self._head.config, self._layout, (cos, sin))
+        attend = DraftAttention(geometry, earlier, self._settings.attention)
         embeds_PH = self._embeds_EH[1 + step : 1 + step + len(state_PH)]
         out_PH = self._head.run(embeds_PH, state_PH, self._prepared, attend)
         return out_PH, *attend.newest
