@@ -20,24 +20,16 @@ else
   gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null) || gpus=
 fi
 
-of_share() { # N: the name of a head trained with the first of every N shards
+of_share() { # N: the name of a head trained with one of every N documents
   echo "eagle3-1of$1"
 }
 
-share() { # N: a folder with these shards
-  local folder=$out/data-$1
-  mkdir -p "$folder" || return
-  realpath "$data"/shard-*.safetensors | awk -v n="$1" '(NR - 1) % n == 0' |
-    xargs -I{} ln -sf {} "$folder/" || return
-  echo "$folder"
-}
-
-train() { # NAME OBJECTIVE SHARE: with the first of every SHARE shards
-  local shards=$data
-  [ "$3" = 1 ] || shards=$(share "$3") || return
+train() { # NAME OBJECTIVE N: with one of every N documents
+  local share
+  share=$(awk -v n="$3" 'BEGIN { print 1 / n }')
   [ -f "$out/$1/model.safetensors" ] ||
-    vllm-eagle3 train --target "$target" --data "$shards" --out "$out/$1" --objective "$2" \
-      --epochs 100000 --steps $((STEPS / $3)) \
+    vllm-eagle3 train --target "$target" --data "$data" --data-share "$share" --out "$out/$1" \
+      --objective "$2" --epochs 100000 --steps $((STEPS / $3)) \
       > "$out/$1.train.log" 2>&1 ||
     { echo "training $1 failed: $out/$1.train.log" >&2; return 1; }
 }
@@ -59,7 +51,7 @@ at_once() { # runs the lines of its input, JOBS of them together; starts none af
     "$@" || exit 255' at_once
 }
 
-export -f share train evaluate
+export -f train evaluate
 export gpus target data out STEPS LIMIT MAX_TOKENS JOBS
 
 {

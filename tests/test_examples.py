@@ -33,9 +33,6 @@ def folder(tmp_path: Path) -> Path:
     stub = tmp_path / "bin" / "vllm-eagle3"
     stub.write_text(STUB)
     stub.chmod(0o755)
-    (tmp_path / "data").mkdir()
-    for number in range(8):
-        (tmp_path / "data" / f"shard-{number:05d}.safetensors").touch()
     return tmp_path
 
 
@@ -66,6 +63,10 @@ def option(call: list[str], name: str) -> str:
     return call[call.index(name) + 1]
 
 
+def data_of(call: list[str]) -> tuple[str, str]:
+    return option(call, "--data"), option(call, "--data-share")
+
+
 def trained(calls: list[list[str]]) -> list[str]:
     return sorted(Path(option(call, "--out")).name for call in calls if call[0] == "train")
 
@@ -82,8 +83,9 @@ def test_every_head_is_trained_evaluated_and_in_the_table(folder: Path) -> None:
     assert evaluated(calls) == sorted([*HEADS, *shares, "eagle1-static"])
     steps = {Path(option(c, "--out")).name: option(c, "--steps") for c in calls if "--steps" in c}
     assert (steps["eagle3"], steps["eagle3-1of4"]) == ("1000", "250")
-    links = sorted(path.name for path in (folder / "out" / "data-4").iterdir())
-    assert links == ["shard-00000.safetensors", "shard-00004.safetensors"]
+    data = {Path(option(c, "--out")).name: data_of(c) for c in calls if c[0] == "train"}
+    assert set(data.values()) == {(f"{folder}/data", share) for share in ("1", "0.5", "0.25")}
+    assert (data["hass"][1], data["eagle3-1of2"][1], data["eagle3-1of4"][1]) == ("1", "0.5", "0.25")
     table = " ".join(calls[-1])
     assert table.startswith("bench heads ")
     for name in [*HEADS, *shares, "eagle1-static"]:

@@ -47,6 +47,16 @@ def test_a_view_of_another_layout(impl) -> None:
     assert rotate_halves(x[:0], cos, sin, impl=impl).shape == (0, 37, 3, 16)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_some_heads_of_each_slot(impl) -> None:
+    x, cos, sin = case(16, torch.float32, 1)
+    expected = rotate_halves(x, cos, sin, impl="torch")
+    for part in (slice(0, 2), slice(1, 2), slice(1, 3)):
+        found = rotate_halves(x[:, :, part], cos, sin, impl=impl)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected[:, :, part])
+
+
 def test_wrong_arguments_are_named() -> None:
     x, cos, sin = case(16, torch.float32, 1)
     for arguments, message in (

@@ -17,7 +17,13 @@ EVALUATION = {
 
 
 def card(method: str, coverage: float, *folders: Path, **config: object) -> str:
-    shared = {"learning_rate": 1e-4, "clip": 0.5, "batch_tokens": 1024, "seed": 0}
+    shared = {
+        "learning_rate": 1e-4,
+        "clip": 0.5,
+        "batch_tokens": 1024,
+        "seed": 0,
+        "data_share": 1.0,
+    }
     numbers = ("documents", "tokens", "assistant_tokens", "steps", "tokens_seen", "seconds")
     facts = dict.fromkeys(numbers, 60) | {
         "target": "target",
@@ -59,6 +65,13 @@ def test_a_vocabulary_that_covers_all_is_not_called_the_most_frequent(tmp_path: 
     assert "the 8,192 most frequent of those, 95.87 % of what it wrote" in part
     assert "8,192 tokens, among them all that the assistant wrote" in whole
     assert "most frequent" not in whole
+
+
+def test_a_share_of_the_documents_is_said_to_be_one() -> None:
+    settings = {"objective": "eagle3", "num_ttt_steps": 7, "ttt_decay": 0.8}
+    assert "60 documents, 60 tokens" in card("eagle3", 1.0, **settings)
+    share = card("eagle3", 1.0, data_share=0.125, **settings)
+    assert "60 documents (12.5 % of those that are not held out), 60 tokens" in share
 
 
 def test_the_accounts_of_several_folders_are_added_up(tmp_path: Path) -> None:

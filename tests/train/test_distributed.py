@@ -102,7 +102,8 @@ def test_a_sharded_target_gives_the_same_losses_and_predictions(
     alone, together = tmp_path / "one", tmp_path / "two"
     # One epoch to its end, where one of the two has nothing left to read.
     options = {"steps": 100, "epochs": 1, "eval_documents": 2, "eval_chain": 2}
-    flags = ("--shard-target", "--no-packing", "--eval-tree", "6/2/4")
+    # A time limit, which all take from the clock of the first.
+    flags = ("--shard-target", "--no-packing", "--eval-tree", "6/2/4", "--minutes", "1000")
     with two(paths, together, *flags, **options) as both:
         settings = OPTIONS | options | {"eval_tree": (6, 2, 4), "packing": False}
         train(*paths, alone, TrainConfig(**settings, accumulate=2), "cpu")

@@ -17,7 +17,6 @@ def test_captured_states_are_the_inputs_of_layers_2_half_and_3_from_the_end() ->
     assert captured_layers(7) == (2, 3, 4)
     tokens = next(epoch_batches(small.documents(4), 512, 64, seed=0))
     states = target.model.model(tokens.tokens_BT, output_hidden_states=True).hidden_states
-    target._captured.clear()
     batch = target.read(tokens, head.draft_token_ids, head.t2d)
     torch.testing.assert_close(batch.features_BTF, torch.cat([states[i] for i in (2, 4, 5)], -1))
     logits = target.model(tokens.tokens_BT).logits

@@ -1,5 +1,6 @@
 """What a step of training holds: recomputed activations are not kept, and nothing is T x T."""
 
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -47,6 +48,28 @@ def test_gradients_are_the_same_bit_by_bit_in_less_memory(name: str, packing: bo
     lower, same = peak_and_gradients(name, batch, True)
     assert lower < 0.6 * peak
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["eagle3", "hass"])
+def test_nothing_of_a_step_outlives_it_until_garbage_is_collected(
+    name: str, recompute: bool
+) -> None:
+    objective, batch = OBJECTIVES[name], long_batch(512, packing=True)
+    target, head = small.head_for(objective, torch.float32)
+    settings = replace(objective.settings, recompute=recompute)
+    gc.collect()
+    gc.disable()
+    try:
+        live = []
+        with Allocations() as allocated:
+            for _ in range(3):
+                objective.loss(head, objective.read(target, batch, head), settings).loss.backward()
+                head.zero_grad()
+                live.append(allocated.live)
+    finally:
+        gc.enable()
+    assert live[0] == live[1] == live[2]  # of weights alone
 
 
 @pytest.mark.parametrize("packing", [False, True])

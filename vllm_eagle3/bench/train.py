@@ -177,6 +177,7 @@ def _steps(job: Job, device: Any) -> Iterator[tuple[int, list[int]]]:
         yield from train_naive.steps(learner, documents, *sizes)  # without end
     for batches in loader.steps(0, device):
         learner.optimise(batches, progress=0.5)
+        learner.check_finite()
         written = sum(int(batch.assistant_BT.sum()) for batch, _ in batches.parts)
         yield written, [batch.tokens_BT.numel() for batch, _ in batches.parts]
 

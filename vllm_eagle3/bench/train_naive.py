@@ -82,9 +82,11 @@ def loss(
     covered_BT = head.t2d[output.logits.argmax(-1)]
     positions_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).unsqueeze(0)
     attend, hidden = _Attention(), head.fuse(features)
+    prepared = head.prepared(hidden.dtype)
     total = torch.zeros((), device=tokens_BT.device)
     for step in range(settings.num_steps):
-        out = head.step(_later(tokens_BT, 1 + step), hidden, positions_1T + step, attend)
+        tokens = _later(tokens_BT, 1 + step)
+        out = head.step(tokens, hidden, positions_1T + step, attend, prepared)
         hidden = head.feedback(out)
         log_q_BTV = head.logits(out).float().log_softmax(-1)
         counted_BT = _later(assistant_BT, 1) & _later(assistant_BT, 2 + step)

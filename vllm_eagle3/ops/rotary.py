@@ -16,7 +16,8 @@ def rotate_halves(
     """x cos + (-second half, first half) sin, in the type of the angles, rounded to that of x.
 
     Args:
-        x_BTND: float; B sequences, T slots, N heads, D (even) channels of a head.
+        x_BTND: float; B sequences, T slots, N heads, D (even) channels of a head. Some of the
+            heads of a larger contiguous tensor are not copied.
         cos_BTD, sin_BTD: float32 (float64 of float64 x), the second half as the first; B is 1
             where all sequences have the same.
         inverse: rotate back, which is also the gradient.
@@ -41,10 +42,17 @@ def rotate_halves(
         return _rotate_halves_torch(x_BTND, cos_BTD, sin_BTD, inverse)
     from vllm_eagle3.ops.kernels.rotary import launch
 
-    x_BTND = x_BTND.contiguous()
-    out_BTND = torch.empty_like(x_BTND)
+    if not _has_whole_slots(x_BTND):
+        x_BTND = x_BTND.contiguous()
+    out_BTND = x_BTND.new_empty(x_BTND.shape)
     launch(x_BTND, cos_BTD.contiguous(), sin_BTD.contiguous(), out_BTND, inverse)
     return out_BTND
+
+
+def _has_whole_slots(x_BTND: torch.Tensor) -> bool:
+    """Whether the heads of a slot lie together, and all slots at equal distances."""
+    sequence, slot, head, channel = x_BTND.stride()
+    return (channel, head, sequence) == (1, x_BTND.shape[3], x_BTND.shape[1] * slot)
 
 
 def _rotate_halves_torch(
@@ -52,5 +60,6 @@ def _rotate_halves_torch(
 ) -> torch.Tensor:
     cos, sin = cos_BTD.unsqueeze(2), sin_BTD.unsqueeze(2)
     first, second = x.chunk(2, -1)
-    turned = torch.cat((second, -first) if inverse else (-second, first), -1)
-    return (x * cos + turned * sin).to(x.dtype).contiguous()
+    out = torch.cat((second, -first) if inverse else (-second, first), -1) * sin
+    out += x * cos
+    return out.to(x.dtype).contiguous()

@@ -43,7 +43,8 @@ A draft head for speculative decoding, trained with `vllm-eagle3 train`. vLLM lo
 ## Data
 
 Of this kind: {" And: ".join(kinds_of_data)}
-{facts["documents"]:,} documents, {facts["tokens"]:,} tokens, of which the assistant wrote
+{facts["documents"]:,} documents{_share(config)}, {facts["tokens"]:,} tokens, of which the
+assistant wrote
 {facts["assistant_tokens"]:,}. {_vocabulary(facts)}
 {_counts(accounts)}
 ## Training
@@ -69,6 +70,11 @@ A greedy chain of {len(evaluation["accepted"])} drafts would emit
 
 Apache-2.0, for these weights; {name} has a licence of its own.
 """
+
+
+def _share(config: dict[str, Any]) -> str:
+    share = config["data_share"]
+    return "" if share == 1 else f" ({100 * share:g} % of those that are not held out)"
 
 
 def _vocabulary(facts: dict[str, Any]) -> str:

@@ -156,7 +156,10 @@ def load(
     _check_parts(path, len(stored["random"]), stored["config"], num_processes, config)
     head.load_state_dict(stored["head"])
     head.feature_scale_F.copy_(stored["feature_scale"])
+    fused = optimizer.defaults["fused"]
     optimizer.load_state_dict(stored["optimizer"])
+    for group in optimizer.param_groups:  # how it is computed, no state
+        group["fused"] = fused
     return Progress(**stored["progress"]), stored["random"]
 
 

@@ -2,8 +2,6 @@
 
 import time
 
-import torch
-
 from vllm_eagle3.train.distributed import World
 
 
@@ -14,8 +12,8 @@ class Clock:
         minutes: wall-clock limit over all parts; None for no limit.
     """
 
-    def __init__(self, minutes: float | None, world: World, device: torch.device) -> None:
-        self.minutes, self.world, self.device = minutes, world, device
+    def __init__(self, minutes: float | None, world: World) -> None:
+        self.minutes, self.world = minutes, world
         self.seconds_before = 0.0
         self._started = time.monotonic()
 
@@ -39,11 +37,7 @@ class Clock:
         by_steps = step / self._num_steps
         if self.minutes is None:
             return by_steps
-        by_time = self.seconds() / (60 * self.minutes)
-        if self.world.size > 1:
-            shared = torch.tensor(by_time, dtype=torch.float64, device=self.device)
-            by_time = self.world.from_main_(shared).item()
-        return max(by_steps, by_time)
+        return max(by_steps, self.world.number_of_main(self.seconds() / (60 * self.minutes)))
 
     def report(self, step: int, tokens_seen: int) -> dict[str, float]:
         """Seconds so far, tokens a second of this part, and seconds to go."""

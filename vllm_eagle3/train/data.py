@@ -20,6 +20,19 @@ _WINDOW_BATCHES = 16
 _LENGTH_MULTIPLE = 64  # few distinct shapes, whole tiles
 
 
+@dataclass(frozen=True)
+class CountedSlots:
+    """The slots that count in the losses of draft steps k = 0, 1, ... of a batch of B x T = P.
+
+    Attributes:
+        at_M: int64, rising: k P + slot.
+        sizes: how many count in each step.
+    """
+
+    at_M: torch.Tensor
+    sizes: tuple[int, ...]
+
+
 @dataclass
 class TokenBatch:
     """Documents as rows of tokens.
@@ -29,14 +42,13 @@ class TokenBatch:
         assistant_BT: bool, False on padding.
         positions_BT: int64; of packed rows, restarting at 0 with each document. None for one
             document a row.
-        slots: for each draft step the slots that count in its loss, int64 [M]; empty where
-            they have not been counted.
+        slots: those that count in the loss; None where they have not been counted.
     """
 
     tokens_BT: torch.Tensor
     assistant_BT: torch.Tensor
     positions_BT: torch.Tensor | None = None
-    slots: tuple[torch.Tensor, ...] = ()
+    slots: CountedSlots | None = None
 
     @cached_property
     def layout(self) -> DocumentLayout | None:
@@ -44,16 +56,30 @@ class TokenBatch:
         return None if self.positions_BT is None else DocumentLayout(self.positions_BT)
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """On another device, with its layout; nothing is read back from there."""
-        layout = None if self.layout is None else self.layout.to(device)
-        moved = TokenBatch(
-            self.tokens_BT.to(device, non_blocking=True),
-            self.assistant_BT.to(device, non_blocking=True),
-            None if layout is None else layout.positions_BT,
-            tuple(slots_M.to(device, non_blocking=True) for slots_M in self.slots),
-        )
-        moved.layout = layout
-        return moved
+        """On another device, with its layout, in two transfers that the host does not wait for."""
+        (assistant_BT,) = _moved([self.assistant_BT], device)
+        numbers = [self.tokens_BT]
+        if self.slots is not None:
+            numbers.append(self.slots.at_M)
+        if self.layout is not None:
+            numbers += self.layout.indices
+        tokens_BT, *numbers = _moved(numbers, device)
+        batch = TokenBatch(tokens_BT, assistant_BT)
+        if self.slots is not None:
+            batch.slots = CountedSlots(numbers.pop(0), self.slots.sizes)
+        if self.layout is not None:
+            batch.layout = self.layout.with_indices(numbers)
+            batch.positions_BT = batch.layout.positions_BT
+        return batch
+
+
+def _moved(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """Tensors of one type, in one transfer."""
+    flat = torch.cat([x.flatten() for x in tensors])
+    if device.type == "cuda":
+        flat = flat.pin_memory()  # from other memory the host would wait until it has left
+    parts = flat.to(device, non_blocking=True).split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def split_held_out(
@@ -70,6 +96,14 @@ def split_held_out(
     num_held_out = min(max(1, round(share * len(documents))), len(documents) - 1)
     held_out = [documents[i] for i in order[:num_held_out]]
     return [documents[i] for i in order[num_held_out:]], held_out
+
+
+def drawn_share(documents: Sequence[Document], share: float) -> Sequence[Document]:
+    """The first ones of documents in random order, as :func:`split_held_out` leaves them.
+
+    Those of a smaller share are among those of a larger one; it is one document at least.
+    """
+    return documents[: max(1, round(share * len(documents)))]
 
 
 def check_documents(

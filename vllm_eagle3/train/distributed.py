@@ -32,10 +32,16 @@ _GRACE = 5.0  # seconds in which torchrun ends the others, once a process has fa
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is."""
+    """Which of how many processes this is.
+
+    Attributes:
+        hosts: the group in which the processes agree without their GPUs; None for the group of
+            all that they do, or for one process.
+    """
 
     rank: int = 0
     size: int = 1
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -62,11 +68,21 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag of any process is set."""
+    def any(self, flag: bool) -> bool:
+        """Whether the flag of any process is set; no GPU is waited for."""
         if self.size == 1:
             return flag
-        return bool(self.sum_(torch.tensor(float(flag), device=device)) > 0)
+        flags = torch.tensor(float(flag))
+        dist.all_reduce(flags, group=self.hosts)
+        return bool(flags > 0)
+
+    def number_of_main(self, number: float) -> float:
+        """The main process's number for all; no GPU is waited for."""
+        if self.size == 1:
+            return number
+        shared = torch.tensor(number, dtype=torch.float64)
+        dist.broadcast(shared, 0, group=self.hosts)
+        return shared.item()
 
     def replicate(self, module: nn.Module) -> nn.Module:
         """``module`` with the main process's weights; a backward pass averages its gradients.
@@ -168,7 +184,7 @@ def joined(device: str | None) -> Iterator[tuple[World, torch.device]]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield World(), chosen
         return
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if chosen.type == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         processes = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -184,5 +200,7 @@ def joined(device: str | None) -> Iterator[tuple[World, torch.device]]:
         device_id=chosen if chosen.type == "cuda" else None,
         timeout=_PATIENCE,
     )
-    yield world, chosen
+    # What the hosts agree on in every step must not wait for the GPUs' queues.
+    hosts = dist.new_group(backend="gloo", timeout=_PATIENCE) if chosen.type == "cuda" else None
+    yield World(rank, size, hosts), chosen
     dist.destroy_process_group()

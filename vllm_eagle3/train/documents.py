@@ -7,10 +7,10 @@ slot of the document. The documents of a batch are within a factor of four in le
 (:mod:`vllm_eagle3.train.packing`), so that the copies are about 1.5 times the batch.
 
 Shape suffixes: B rows, T slots, P = B T, C documents of a batch, L slots of the longest,
-N heads, D head dimension.
+N heads, D head dimension, X channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -24,7 +24,7 @@ class DocumentLayout:
     """Where the documents of a packed batch lie.
 
     Making one reads the positions, for which the host would wait where they are a GPU's: make
-    it on the CPU, and move it.
+    it on the CPU, and move its indices.
 
     Attributes:
         positions_BT: int64, restarting at 0 with each document; every row begins with one.
@@ -44,11 +44,20 @@ class DocumentLayout:
         )
         self._packed_CL[self._padded_P] = torch.arange(B * T, device=positions_P.device)
 
-    def to(self, device: torch.device) -> "DocumentLayout":
-        """On another device, without reading anything back from it."""
+    @property
+    def longest(self) -> int:
+        """Slots L of the longest document."""
+        return self._shape_CL[1]
+
+    @property
+    def indices(self) -> tuple[torch.Tensor, ...]:
+        """The tensors of a layout, int64; the positions first."""
+        return self.positions_BT, self._padded_P, self._packed_CL
+
+    def with_indices(self, indices: Sequence[torch.Tensor]) -> "DocumentLayout":
+        """The same layout with copies of its :attr:`indices`, as on another device."""
         moved = copy(self)
-        for name in ("positions_BT", "_padded_P", "_packed_CL"):
-            setattr(moved, name, getattr(self, name).to(device, non_blocking=True))
+        moved.positions_BT, moved._padded_P, moved._packed_CL = indices
         return moved
 
     def split(self, x_BNTD: torch.Tensor) -> torch.Tensor:
@@ -56,10 +65,48 @@ class DocumentLayout:
         x_PND = x_BNTD.transpose(1, 2).flatten(0, 1)
         return x_PND.index_select(0, self._packed_CL).unflatten(0, self._shape_CL).transpose(1, 2)
 
+    def apart(self, x_PX: torch.Tensor) -> torch.Tensor:
+        """[P, X] -> [C, L, X]; what a document's padding holds is seen by none of its slots."""
+        return x_PX.index_select(0, self._packed_CL).unflatten(0, self._shape_CL)
+
+    def together(self, x_CLX: torch.Tensor) -> torch.Tensor:
+        """[C, L, X] -> [P, X]."""
+        return x_CLX.flatten(0, 1).index_select(0, self._padded_P)
+
+    def spread(self, x_PX: torch.Tensor) -> torch.Tensor:
+        """[P, X] -> [C, L, X], zeros in the padding: the gradient of :meth:`together`.
+
+        That of :meth:`apart` is :meth:`together`, where nothing flows into the padding.
+        """
+        C, L = self._shape_CL
+        x_SX = x_PX.new_zeros(C * L, x_PX.shape[1])
+        return x_SX.index_copy_(0, self._padded_P, x_PX).unflatten(0, (C, L))
+
     def join(self, x_CNLD: torch.Tensor) -> torch.Tensor:
         """[C, N, L, D] -> [B, N, T, D]."""
         x_CLND = x_CNLD.transpose(1, 2).flatten(0, 1)
         return x_CLND.index_select(0, self._padded_P).unflatten(0, self._shape_BT).transpose(1, 2)
+
+
+class RowLayout:
+    """As :class:`DocumentLayout`, for one document a row: nothing is to be moved."""
+
+    def __init__(self, num_rows: int, longest: int) -> None:
+        self._shape_CL = num_rows, longest
+        self.longest = longest
+
+    def apart(self, x_PX: torch.Tensor) -> torch.Tensor:
+        """[P, X] -> [C, L, X]."""
+        return x_PX.unflatten(0, self._shape_CL)
+
+    def together(self, x_CLX: torch.Tensor) -> torch.Tensor:
+        """[C, L, X] -> [P, X]."""
+        return x_CLX.flatten(0, 1)
+
+    spread = apart
+
+
+Layout = DocumentLayout | RowLayout
 
 
 def attend_within_documents(model: nn.Module) -> None:

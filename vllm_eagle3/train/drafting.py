@@ -38,11 +38,13 @@ class DocumentDrafter:
         self.head, self._tokens_BT = head, tokens_BT
         self._group = head.config.num_heads // head.config.num_kv_heads
         self._keys_values = torch.empty(0), torch.empty(0)  # BJTD
+        self._prepared = head.prepared(features_BTF.dtype)
         self._out_BTH = head.step(
             tokens_BT.roll(-1, 1),
             head.fuse(features_BTF),
             torch.arange(tokens_BT.shape[1], device=tokens_BT.device).unsqueeze(0),
             self._attend_to_documents,
+            self._prepared,
         )
 
     def _attend_to_documents(self, q, k, v):
@@ -87,7 +89,8 @@ class DocumentDrafter:
             own_RKE = mask.bits_to_mask(expansion.frontier_bits_BK, E)
             bias = node_bias(slots_R, own_RKE, T, self._group, self._keys_values[0].dtype)
             attend = partial(self._attend_from_nodes, attention, bias)
-            out_RKH = self.head.step(expansion.frontier_tokens_BK, hidden_RKH, positions_RK, attend)
+            given = expansion.frontier_tokens_BK, hidden_RKH, positions_RK
+            out_RKH = self.head.step(*given, attend, self._prepared)
             best = self._best(out_RKH, K)
             expansion = expand.grow(expansion, *best, static and static.frontier(level + 1))
             parents_RK1 = expansion.frontier_parent_BK.unsqueeze(-1)

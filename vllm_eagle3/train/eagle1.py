@@ -14,12 +14,11 @@ Shape suffixes: B sequences, T slots, M rows, H hidden size, V the target's voca
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vllm_eagle3.train.head_config import HeadConfig
-from vllm_eagle3.train.layers import MLP, Attend, RMSNorm, SelfAttention
-from vllm_eagle3.train.model import DraftHead
+from vllm_eagle3.train.layers import MLP, Attend, RMSNorm, SelfAttention, side_by_side
+from vllm_eagle3.train.model import DraftHead, Prepared
 
 
 class Eagle1Layer(nn.Module):
@@ -31,11 +30,10 @@ class Eagle1Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
-        hidden_BTH = hidden_BTH + self.self_attn(hidden_BTH, positions_BT, attend)
-        return hidden_BTH + self.mlp(self.post_attention_layernorm(hidden_BTH))
+    def forward(self, hidden: torch.Tensor, prepared: Prepared, attend: Attend) -> torch.Tensor:
+        (norm_attended,) = prepared.norms
+        hidden = hidden + self.self_attn(hidden, prepared.attention, attend)
+        return hidden + self.mlp(norm_attended(hidden), prepared.mlp)
 
 
 class Eagle1Head(DraftHead):
@@ -57,23 +55,27 @@ class Eagle1Head(DraftHead):
 
     def fc_inputs(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """[..., 2H]: embeddings and features as ``fc`` takes them, but for the scale."""
-        return torch.cat((F.embedding(tokens, self.embedding).to(features.dtype), features), -1)
+        return torch.cat((self.embed(tokens, features.dtype), features), -1)
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """The target's features as they are."""
         return features
 
-    def step(
-        self,
-        tokens_BT: torch.Tensor,
-        features_BTH: torch.Tensor,
-        positions_BT: torch.Tensor,
-        attend: Attend,
+    def prepared(self, dtype: torch.dtype) -> Prepared:
+        layer = self.layers[0]
+        return Prepared(
+            layer.self_attn.matrices(dtype),
+            layer.mlp.matrices(dtype),
+            (layer.post_attention_layernorm.in_type(dtype),),
+            side_by_side(dtype, self.fc),
+        )
+
+    def run(
+        self, embeds: torch.Tensor, state: torch.Tensor, prepared: Prepared, attend: Attend
     ) -> torch.Tensor:
-        """One draft step: the predicted features, which the next step takes."""
-        inputs = self.fc_inputs(tokens_BT, features_BTH)
-        hidden_BTH = self.fc((inputs * self.feature_scale_F).to(features_BTH.dtype))
-        return self.layers[0](hidden_BTH, positions_BT, attend)
+        """The predicted features, which the next step takes."""
+        inputs = torch.cat((embeds, state), -1) * self.feature_scale_F
+        return self.layers[0](inputs.to(state.dtype) @ prepared.fc, prepared, attend)
 
     def feedback(self, out: torch.Tensor) -> torch.Tensor:
         """What the next draft step takes: the predicted features as they are."""

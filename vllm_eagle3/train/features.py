@@ -1,7 +1,9 @@
 """What the target says about a batch: captured states and logits, computed on the fly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vllm_eagle3.data.target import TRAINABLE_TYPE, reading_target
-from vllm_eagle3.train.data import TokenBatch
+from vllm_eagle3.train.data import CountedSlots, TokenBatch
 from vllm_eagle3.train.documents import DocumentLayout, attend_within_documents
+from vllm_eagle3.train.llama import LlamaDecoder
 
 _CHUNK_ROWS = 4096
 
@@ -33,7 +36,7 @@ class FeatureBatch:
     assistant_BT: torch.Tensor
     features_BTF: torch.Tensor
     layout: DocumentLayout | None = field(default=None, kw_only=True)
-    slots: tuple[torch.Tensor, ...] = field(default=(), kw_only=True)
+    slots: CountedSlots | None = field(default=None, kw_only=True)
 
     @property
     def positions_BT(self) -> torch.Tensor:
@@ -82,11 +85,6 @@ class Target:
         self.model = model.requires_grad_(False).eval()
         attend_within_documents(self.model)
         self.aux_layer_ids = aux_layer_ids
-        self._captured: dict[int, torch.Tensor] = {}
-        entered = [*self.model.model.layers, self.model.model.norm]
-        for layer_id in aux_layer_ids:
-            # A hook on the layer *entered* sees exactly vLLM's capture (residual added).
-            entered[layer_id].register_forward_pre_hook(self._capture(layer_id), with_kwargs=True)
 
     @property
     def config(self):
@@ -131,23 +129,23 @@ class Target:
             draft_token_ids: int64 [V], the draft vocabulary.
             t2d: bool [vocab], membership in it.
         """
-        hidden_BTH = self._run(batch)
-        features = [self._captured.pop(layer_id) for layer_id in self.aux_layer_ids]
-        hidden_PH = hidden_BTH.flatten(0, 1)
+        hidden_PH, states = self._run(batch)
+        matrix_HV = self.output_matrix.T
         logits_PV = hidden_PH.new_empty(len(hidden_PH), len(draft_token_ids))
-        covered_P = torch.empty(len(hidden_PH), dtype=torch.bool, device=hidden_PH.device)
-        for start in range(0, len(hidden_PH), _CHUNK_ROWS):
-            part = slice(start, start + _CHUNK_ROWS)
-            logits = hidden_PH[part] @ self.output_matrix.T
-            covered_P[part] = t2d[logits.argmax(-1)]
-            logits_PV[part] = logits[:, draft_token_ids]
+        best = []
+        chunks = hidden_PH.split(_CHUNK_ROWS), logits_PV.split(_CHUNK_ROWS)
+        for rows, kept in zip(*chunks, strict=True):
+            logits = rows @ matrix_HV
+            best.append(logits.argmax(-1))
+            torch.index_select(logits, 1, draft_token_ids, out=kept)
         shape = batch.tokens_BT.shape
+        features = [states[layer_id] for layer_id in self.aux_layer_ids]
         return TTTBatch(
             tokens_BT=batch.tokens_BT,
             assistant_BT=batch.assistant_BT,
-            features_BTF=torch.cat(features or [hidden_BTH], -1),
+            features_BTF=torch.cat(features or [hidden_PH], -1).view(*shape, -1),
             target_logits_BTV=logits_PV.view(*shape, -1),
-            covered_BT=covered_P.view(shape),
+            covered_BT=t2d[torch.cat(best)].view(shape),
             layout=batch.layout,
             slots=batch.slots,
         )
@@ -158,12 +156,11 @@ class Target:
 
         The target's logits are ``output_matrix`` times it.
         """
-        hidden_BTH = self._run(batch)
-        self._captured.clear()
+        hidden_PH, _ = self._run(batch)
         return FeatureBatch(
             batch.tokens_BT,
             batch.assistant_BT,
-            hidden_BTH,
+            hidden_PH.view(*batch.tokens_BT.shape, -1),
             layout=batch.layout,
             slots=batch.slots,
         )
@@ -171,8 +168,10 @@ class Target:
     @torch.no_grad()
     def read_documents(self, tokens_BT: torch.Tensor) -> DocumentStates:
         """Run the target over right-padded documents and keep what it computes."""
-        output = self.model.model(input_ids=tokens_BT, use_cache=True)
-        features = [self._captured.pop(layer_id) for layer_id in self.aux_layer_ids]
+        states: dict[int, torch.Tensor] = {}
+        with self._capturing(states):
+            output = self.model.model(input_ids=tokens_BT, use_cache=True)
+        features = [states[layer_id] for layer_id in self.aux_layer_ids]
         return DocumentStates(
             tokens_BT,
             output.last_hidden_state,
@@ -195,23 +194,46 @@ class Target:
         output = self.model.model(
             input_ids=tokens_RW, position_ids=positions_RW, use_cache=False, attend=attend
         )
-        self._captured.clear()
         return output.last_hidden_state
 
-    def _run(self, batch: TokenBatch) -> torch.Tensor:
+    def _run(self, batch: TokenBatch) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """The last hidden states, [P, H] of P = B T tokens; those captured, by layer."""
+        if not self._is_sharded:
+            return self._decoder(batch.tokens_BT, batch.layout, self.aux_layer_ids)
         # Right-padded and causal, or taken apart: no mask is needed.
-        return self.model.model(
-            input_ids=batch.tokens_BT,
-            position_ids=batch.positions_BT,
-            documents=batch.layout,
-            use_cache=False,
-        ).last_hidden_state
+        states: dict[int, torch.Tensor] = {}
+        with self._capturing(states):
+            output = self.model.model(
+                input_ids=batch.tokens_BT,
+                position_ids=batch.positions_BT,
+                documents=batch.layout,
+                use_cache=False,
+            )
+        flat = {layer_id: state_BTH.flatten(0, 1) for layer_id, state_BTH in states.items()}
+        return output.last_hidden_state.flatten(0, 1), flat
 
-    def _capture(self, layer_id: int):
-        def hook(_layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._captured[layer_id] = args[0] if args else kwargs["hidden_states"]
+    @cached_property
+    def _is_sharded(self) -> bool:
+        return any(isinstance(weight, DTensor) for weight in self.model.parameters())
 
-        return hook
+    @cached_property
+    def _decoder(self) -> LlamaDecoder:
+        return LlamaDecoder(self.model)
+
+    @contextmanager
+    def _capturing(self, states: dict[int, torch.Tensor]) -> Iterator[None]:
+        """Let a forward of the model leave what layers are *entered* with, as vLLM captures it."""
+
+        def hook(layer_id: int, _layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            states[layer_id] = args[0] if args else kwargs["hidden_states"]
+
+        entered = [*self.model.model.layers, self.model.model.norm]
+        with ExitStack() as hooks:
+            for layer_id in self.aux_layer_ids:
+                register = entered[layer_id].register_forward_pre_hook
+                handle = register(partial(hook, layer_id), with_kwargs=True)
+                hooks.callback(handle.remove)
+            yield
 
 
 def load_target(path: str | Path, dtype: torch.dtype) -> nn.Module:

@@ -92,8 +92,11 @@ class Learner:
             lr=config.learning_rate,
             betas=_BETAS,
             weight_decay=0.0,
-            fused=device.type == "cuda",
+            fused=True,  # the only one that heeds ``found_inf``
         )
+        # 1 once a gradient was not finite: on the device, where the optimiser looks for it.
+        self._failed = torch.zeros((), device=device)
+        self.optimizer.found_inf = self._failed
         self._trained: nn.Module = HeadLoss(self.head, self.objective.loss)
 
     @property
@@ -111,8 +114,7 @@ class Learner:
 
     def measure(self, batch: TokenBatch) -> LossResult:
         """The objective without its noise, on this process alone; not for gradients."""
-        with self._autocast():
-            return self.objective.loss(self.head, self.read(batch), self.quiet)
+        return self.objective.loss(self.head, self.read(batch), self.quiet)
 
     def optimise(self, batches: StepBatches, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One step of the optimiser.
@@ -122,10 +124,8 @@ class Learner:
 
         Returns:
             This process's share of the measures, float32 [1 + 3K]: the loss, then losses,
-            accuracy and accepted by draft step; and the norm of the gradient.
-
-        Raises:
-            FloatingPointError: the gradient is not finite; the weights are as before.
+            accuracy and accepted by draft step; and the norm of the gradient. The host need not
+            wait for either.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(progress)
@@ -141,18 +141,28 @@ class Learner:
             measures += share * _as_vector(result)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.clip)
         # Of the summed gradient, so that all processes stop together.
-        if not torch.isfinite(grad_norm):
-            raise FloatingPointError("the gradient is not finite")
+        self._failed.logical_or_(grad_norm.isfinite().logical_not())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return measures, grad_norm
 
-    def _forward(self, batch: TokenBatch, settings: LossSettings) -> LossResult:
-        with self._autocast():
-            return self._trained(self.read(batch), settings)
+    def check_finite(self) -> None:
+        """Wait for the steps so far.
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
+        Raises:
+            FloatingPointError: the gradient of one of them was not finite; the weights are those
+                before it, and :attr:`updates` the steps until then.
+        """
+        if self._failed:
+            raise FloatingPointError("the gradient is not finite")
+
+    @property
+    def updates(self) -> int:
+        """Steps of the optimiser that have changed the weights."""
+        return max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+
+    def _forward(self, batch: TokenBatch, settings: LossSettings) -> LossResult:
+        return self._trained(self.read(batch), settings)
 
     def read(self, batch: TokenBatch) -> FeatureBatch:
         """What the target says about a batch, as the head and the loss take it."""

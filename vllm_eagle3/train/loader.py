@@ -15,11 +15,12 @@ one, and no token counts for more because its batch had little to predict.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from vllm_eagle3.corpus import Document
+from vllm_eagle3.train.ahead import ahead
 from vllm_eagle3.train.data import TokenBatch, epoch_batches
 from vllm_eagle3.train.distributed import World
 from vllm_eagle3.train.objectives.slots import counted_slots, slots_of_steps
@@ -87,7 +88,15 @@ class Loader:
         return by_data if self.config.steps is None else min(by_data, self.config.steps)
 
     def steps(self, start: int, device: torch.device) -> Iterator[StepBatches]:
-        """All steps from step ``start`` on."""
+        """All steps from step ``start`` on.
+
+        A thread prepares the next ones meanwhile; the host waits for no transfer.
+        """
+        for parts, num_tokens in ahead(self._prepared(start)):
+            yield StepBatches([(batch.to(device), share) for batch, share in parts], num_tokens)
+
+    def _prepared(self, start: int) -> Iterator[tuple[list[tuple[TokenBatch, float]], int]]:
+        """What :class:`StepBatches` takes, on the CPU."""
         epochs = map(self._epoch, range(self.config.epochs))
         batches = itertools.chain.from_iterable(epochs)
         batches = itertools.islice(batches, start * self.group, None)
@@ -98,12 +107,13 @@ class Loader:
             missing = -len(group) % self.world.size
             parts = [*zip(group, shares, strict=True), *[(group[0], 0.0)] * missing]
             mine = parts[self.world.rank :: self.world.size]
-            moved = [(self._counted(batch).to(device), share) for batch, share in mine]
-            yield StepBatches(moved, num_tokens)
+            yield [(self._counted(batch), share) for batch, share in mine], num_tokens
 
     def _counted(self, batch: TokenBatch) -> TokenBatch:
-        """With its slots, counted before it is on a device that the host would wait for."""
-        return replace(batch, slots=slots_of_steps(batch.assistant_BT, self.num_draft_steps))
+        """With slots and layout, made before it is on a device that the host would wait for."""
+        batch.slots = slots_of_steps(batch.assistant_BT, self.num_draft_steps)
+        _ = batch.layout
+        return batch
 
     def _epoch(self, index: int) -> Iterator[TokenBatch]:
         config = self.config

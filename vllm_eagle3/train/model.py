@@ -17,14 +17,37 @@ Shape suffixes: B sequences, T slots, H hidden size, F captured features (3H, or
 as there are captured states), V draft vocabulary.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from vllm_eagle3.train.head_config import HeadConfig, captured_layers
-from vllm_eagle3.train.layers import MLP, Attend, RMSNorm, SelfAttention
+from vllm_eagle3.train.layers import (
+    MLP,
+    Attend,
+    Matrices,
+    RMSNorm,
+    SelfAttention,
+    rotary_angles,
+    rotated_heads,
+)
 
 __all__ = ["DraftHead", "Eagle3Head", "HeadConfig", "captured_layers"]
+
+
+class Prepared(NamedTuple):
+    """The weights of a head's layer in one type, as several draft steps take them.
+
+    So each is rounded once, and the sum of its gradients is.
+    """
+
+    attention: Matrices
+    mlp: Matrices
+    norms: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
+    fc: torch.Tensor | None = None  # [in, H], where each step has it
 
 
 class DraftHead(nn.Module):
@@ -33,7 +56,8 @@ class DraftHead(nn.Module):
     And the four functions of a drafting round, with states of shape [..., H]:
 
         fuse(features) -> state       of what the target captured, before the first step
-        step(tokens, state, positions, attend) -> out
+        step(tokens, state, positions, attend) -> out; attend takes q, k, v as BNTD, rotated,
+                                      keys and values repeated to the query heads
         feedback(out) -> state        of the next step
         logits(out)                   over the draft vocabulary
 
@@ -67,6 +91,44 @@ class DraftHead(nn.Module):
         self.register_buffer("feature_scale_F", torch.ones(fc_inputs), False)
         self.register_buffer("embedding", embedding.detach(), False)
 
+    def prepared(self, dtype: torch.dtype) -> Prepared:
+        """The weights that a step takes, in the type of its states: once for several steps."""
+        raise NotImplementedError
+
+    def run(
+        self, embeds: torch.Tensor, state: torch.Tensor, prepared: Prepared, attend: Attend
+    ) -> torch.Tensor:
+        """:meth:`step` on embeddings of the tokens; see ``SelfAttention`` about ``attend``."""
+        raise NotImplementedError
+
+    def embed(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[..., H]."""
+        return F.embedding(tokens, self.embedding).to(dtype)
+
+    def step(
+        self,
+        tokens_BT: torch.Tensor,
+        state_BTH: torch.Tensor,
+        positions_BT: torch.Tensor,
+        attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        prepared: Prepared | None = None,
+    ) -> torch.Tensor:
+        """One draft step: the layer's output, before the final norm, if there is one.
+
+        Args:
+            prepared: of :meth:`prepared`, where it has been made for several steps.
+        """
+        dtype = state_BTH.dtype
+        prepared = prepared or self.prepared(dtype)
+        angles = rotary_angles(positions_BT, self.config, self.fc.weight.dtype)
+
+        def attend_to_heads(qkv_BTX: torch.Tensor) -> torch.Tensor:
+            out_BNTD = attend(*rotated_heads(qkv_BTX, angles, self.config))
+            return out_BNTD.transpose(1, 2).flatten(2)
+
+        embeds_BTH = self.embed(tokens_BT, dtype)
+        return self.run(embeds_BTH, state_BTH, prepared, attend_to_heads)
+
     @property
     def draft_token_ids(self) -> torch.Tensor:
         """Target ids of the draft vocabulary, int64 [V]."""
@@ -85,16 +147,22 @@ class DraftLayer(nn.Module):
         self.self_attn = SelfAttention(config, 2 * config.hidden_size)
         self.mlp = MLP(config)
 
+    def prepared(self, dtype: torch.dtype) -> Prepared:
+        """Of one type, for several steps."""
+        norms = self.input_layernorm, self.hidden_norm, self.post_attention_layernorm
+        return Prepared(
+            self.self_attn.matrices(dtype),
+            self.mlp.matrices(dtype),
+            tuple(norm.in_type(dtype) for norm in norms),
+        )
+
     def forward(
-        self,
-        embeds_BTH: torch.Tensor,
-        hidden_BTH: torch.Tensor,
-        positions_BT: torch.Tensor,
-        attend: Attend,
+        self, embeds: torch.Tensor, hidden: torch.Tensor, prepared: Prepared, attend: Attend
     ) -> torch.Tensor:
-        x = torch.cat((self.input_layernorm(embeds_BTH), self.hidden_norm(hidden_BTH)), -1)
-        hidden_BTH = hidden_BTH + self.self_attn(x, positions_BT, attend)
-        return hidden_BTH + self.mlp(self.post_attention_layernorm(hidden_BTH))
+        norm_embeds, norm_hidden, norm_attended = prepared.norms
+        x = torch.cat((norm_embeds(embeds), norm_hidden(hidden)), -1)
+        hidden = hidden + self.self_attn(x, prepared.attention, attend)
+        return hidden + self.mlp(norm_attended(hidden), prepared.mlp)
 
 
 class Eagle3Head(DraftHead):
@@ -122,18 +190,16 @@ class Eagle3Head(DraftHead):
     def fuse(self, features_BTF: torch.Tensor) -> torch.Tensor:
         """``fc`` over the captured states, concatenated low, mid, high."""
         dtype = features_BTF.dtype
-        return self.fc((self.fc_inputs(features_BTF) * self.feature_scale_F).to(dtype))
+        inputs = (self.fc_inputs(features_BTF) * self.feature_scale_F).to(dtype)
+        return inputs @ self.fc.weight.to(dtype).T
 
-    def step(
-        self,
-        tokens_BT: torch.Tensor,
-        hidden_BTH: torch.Tensor,
-        positions_BT: torch.Tensor,
-        attend: Attend,
+    def prepared(self, dtype: torch.dtype) -> Prepared:
+        return self.midlayer.prepared(dtype)
+
+    def run(
+        self, embeds: torch.Tensor, state: torch.Tensor, prepared: Prepared, attend: Attend
     ) -> torch.Tensor:
-        """One draft step: the layer's output, before the final norm."""
-        embeds_BTH = F.embedding(tokens_BT, self.embedding).to(hidden_BTH.dtype)
-        return self.midlayer(embeds_BTH, hidden_BTH, positions_BT, attend)
+        return self.midlayer(embeds, state, prepared, attend)
 
     def feedback(self, out: torch.Tensor) -> torch.Tensor:
         """What the next draft step takes as ``hidden_BTH``, of this one's output."""
@@ -141,4 +207,4 @@ class Eagle3Head(DraftHead):
 
     def logits(self, out: torch.Tensor) -> torch.Tensor:
         """Over the draft vocabulary, [..., V]."""
-        return self.lm_head(self.norm(out))
+        return self.norm(out) @ self.lm_head.weight.to(out.dtype).T

@@ -36,6 +36,8 @@ class TrainConfig:
         max_length: longer documents are cut.
         packing: several documents in a row of ``max_length``, none of which sees another; False
             for one document a row, padded.
+        data_share: share of the documents that are not held out to train on, drawn by the seed;
+            those of a smaller share are among those of a larger one.
         epochs: passes over the data, at most.
         steps: optimiser steps, at most; None for no limit.
         minutes: wall-clock limit; the schedule ends with it. None for no limit.
@@ -66,6 +68,7 @@ class TrainConfig:
     accumulate: int = 1
     max_length: int = 2048
     packing: bool = True
+    data_share: float = 1.0
     epochs: int = 3
     steps: int | None = None
     minutes: float | None = None
@@ -115,8 +118,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be positive, or left out")
-        if self.ttt_decay is not None and not 0 < self.ttt_decay <= 1:
-            raise ValueError(f"ttt_decay={self.ttt_decay} must be above 0 and at most 1")
+        for name in ("ttt_decay", "data_share"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}={value} must be above 0 and at most 1")
         for name in ("learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
@@ -177,6 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("objective", str, "what to train: " + ", ".join(OBJECTIVES))
     add("draft_vocab_size", int, "tokens that an EAGLE-3 head can predict")
+    add("data_share", float, "share of the documents to train on, drawn by the seed")
     add("epochs", int, "passes over the data, at most")
     add("steps", int, "optimiser steps, at most")
     add("minutes", float, "wall-clock limit; the learning rate ends with it")

@@ -16,7 +16,7 @@ from vllm_eagle3.files import make_out_folder
 from vllm_eagle3.train import checkpoints, fingerprint, interruption
 from vllm_eagle3.train.card import model_card
 from vllm_eagle3.train.clock import Clock
-from vllm_eagle3.train.data import split_held_out
+from vllm_eagle3.train.data import drawn_share, split_held_out
 from vllm_eagle3.train.distributed import World, failing_once, is_main_process, joined
 from vllm_eagle3.train.evaluation import Evaluation, evaluate
 from vllm_eagle3.train.export import export
@@ -91,7 +91,8 @@ class _Trainer:
         torch.manual_seed(config.seed)
         corpus = read_corpus(*data_dirs)
         make_out_folder(out_dir)
-        self.documents, self.held_out = split_held_out(corpus, config.held_out, config.seed)
+        known, self.held_out = split_held_out(corpus, config.held_out, config.seed)
+        self.documents = drawn_share(known, config.data_share)
         self.learner = Learner(target, self.documents, config, device, world, self.held_out)
         self.inputs = {
             "data": fingerprint.of_documents(corpus),
@@ -100,7 +101,7 @@ class _Trainer:
         self.loader = Loader(self.documents, config, world, self.learner.settings.num_steps)
         self.step = self.tokens_seen = 0
         self.saved_step: int | None = None
-        self.clock = Clock(config.minutes, world, device)
+        self.clock = Clock(config.minutes, world)
         self.evaluation: Evaluation | None = None
 
     def train(self, resume: bool) -> Path:
@@ -147,35 +148,44 @@ class _Trainer:
                     break
                 self._step(batches, progress)
                 # One for all: they would note it at different steps, and wait for each other.
-                if self.world.any(interrupted(), self.device):
+                if self.world.any(interrupted()):
+                    self._check_finite()
                     self._save_state()
                     self.log.write("interrupted", step=self.step)
                     raise KeyboardInterrupt
 
+        self._check_finite()
+
     def _step(self, batches: StepBatches, progress: float) -> None:
-        try:
-            measures, grad_norm = self.learner.optimise(batches, progress)
-        except FloatingPointError as error:
-            raise ValueError(self._not_finite()) from error
+        measures, grad_norm = self.learner.optimise(batches, progress)
         self.step += 1
         self.tokens_seen += batches.num_tokens
-        if self.step % self.config.log_every == 0:
+        config = self.config
+        # Here alone the host waits for the device, which it is ahead of in between.
+        reading = config.log_every, config.eval_every, config.save_every
+        if any(self.step % every == 0 for every in reading):
+            self._check_finite()
+        if self.step % config.log_every == 0:
             self._log_step(measures, grad_norm, progress)
         self.log.advance(progress, self.tokens_seen)
-        if self.step % self.config.eval_every == 0:
+        if self.step % config.eval_every == 0:
             self._evaluate()
-        if self.step % self.config.save_every == 0:
+        if self.step % config.save_every == 0:
             self._save_state()
 
-    def _not_finite(self) -> str:
-        if self.saved_step is None:
-            remedy = "start again"
-        else:
-            remedy = f"go on from step {self.saved_step} with --resume"
-        return (
-            f"the gradient of step {self.step + 1} is not finite: nothing of it was kept; lower "
-            f"--learning-rate (now {self.config.learning_rate:g}) or --clip, and {remedy}"
-        )
+    def _check_finite(self) -> None:
+        try:
+            self.learner.check_finite()
+        except FloatingPointError as error:
+            if self.saved_step is None:
+                remedy = "start again"
+            else:
+                remedy = f"go on from step {self.saved_step} with --resume"
+            raise ValueError(
+                f"the gradient of step {self.learner.updates + 1} is not finite: nothing of it was"
+                f" kept; lower --learning-rate (now {self.config.learning_rate:g}) or --clip, and "
+                f"{remedy}"
+            ) from error
 
     @torch.no_grad()
     def _evaluate(self) -> None:

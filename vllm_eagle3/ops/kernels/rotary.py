@@ -8,15 +8,16 @@ _ELEMENTS = 1024  # of each half in a program's tile, 8 for each thread of four 
 
 
 # Sizes of packed batches hardly repeat: no variant of the kernel for those that 16 divides.
-@triton.jit(do_not_specialize=["num_rows", "num_slots", "num_heads"])
+@triton.jit(do_not_specialize=["num_rows", "num_slots", "num_heads", "x_slot_stride"])
 def _rotate_halves_kernel(
-    x_ptr,  # [R, D], R = B T N
+    x_ptr,  # [B T, N, D], R = B T N
     cos_ptr,  # [S, D], S = B T, or T for all B
     sin_ptr,  # [S, D]
     out_ptr,  # [R, D]
     num_rows,
     num_slots,  # S
     num_heads,
+    x_slot_stride,
     INVERSE: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -25,10 +26,13 @@ def _rotate_halves_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     dim = tl.arange(0, BLOCK_D)
     inside = (row < num_rows)[:, None] & (dim < HALF)[None, :]
+    slot = row // num_heads
+    x_row = slot * x_slot_stride + (row % num_heads) * (2 * HALF)
+    x_at = x_row[:, None] + dim[None, :]
     at = row[:, None] * (2 * HALF) + dim[None, :]
-    angle_at = ((row // num_heads) % num_slots)[:, None] * (2 * HALF) + dim[None, :]
-    first = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(x_ptr + HALF + at, mask=inside, other=0.0).to(tl.float32)
+    angle_at = (slot % num_slots)[:, None] * (2 * HALF) + dim[None, :]
+    first = tl.load(x_ptr + x_at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + HALF + x_at, mask=inside, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + angle_at, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + angle_at, mask=inside, other=0.0)
     if INVERSE:
@@ -45,7 +49,7 @@ def launch(
     out_BTND: torch.Tensor,
     inverse: bool,
 ) -> None:
-    """All contiguous."""
+    """All contiguous, but that the slots of x may lie further apart, at equal distances."""
     B, T, N, D = x_BTND.shape
     num_rows = B * T * N
     if num_rows == 0:
@@ -60,6 +64,7 @@ def launch(
         num_rows,
         cos_BTD.shape[0] * T,
         N,
+        x_BTND.stride(1),
         INVERSE=inverse,
         HALF=D // 2,
         BLOCK_R=block_r,

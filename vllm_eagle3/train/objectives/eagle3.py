@@ -20,8 +20,8 @@ their n add up to the loss of all of them as one, on however many processes.
 There is no loss on the states: leaving it out is what lets the features be fused of several
 layers (section 1). EAGLE-3.1 has the same loss; its head feeds back the normed state.
 
-Shape suffixes: B sequences, T slots, K steps, M counted slots, H hidden, P = B T rows,
-V draft vocabulary.
+Shape suffixes: B sequences, T slots, K steps, M counted slots of all steps, H hidden, P = B T
+rows, V draft vocabulary.
 """
 
 import torch
@@ -30,48 +30,43 @@ from vllm_eagle3.train.features import TTTBatch
 from vllm_eagle3.train.model import Eagle3Head
 from vllm_eagle3.train.objectives.cross_entropy import LinearSoftCrossEntropy
 from vllm_eagle3.train.objectives.result import LossResult, LossSettings
-from vllm_eagle3.train.objectives.slots import ChainAcceptance, slots_of_steps
+from vllm_eagle3.train.objectives.slots import accepted_share, slots_of_steps, sums_of_steps
 from vllm_eagle3.train.objectives.steps import DraftSteps
 
 
 def ttt_loss(head: Eagle3Head, batch: TTTBatch, settings: LossSettings) -> LossResult:
     """The loss of this module's docstring on one batch."""
     slots = slots_of_steps(batch.assistant_BT, settings.num_steps, batch.slots)
-    covered_P = batch.covered_BT.flatten()
+    tokens_P = batch.tokens_BT.flatten()
+    step_M, slot_M = slots.at_M // len(tokens_P), slots.at_M % len(tokens_P)
+    rows_M = slot_M + step_M + 1  # the target's rows, in the same flat order
     run_step = DraftSteps(head, batch, settings)
-    state_BTH = head.fuse(batch.features_BTF)
-    outs, rows, covered, weights = [], [], [], []
-    num_roots = max(1, len(slots[0]))
-    for step, slots_M in enumerate(slots):
-        out_BTH = run_step(state_BTH)
-        state_BTH = head.feedback(out_BTH)
+    state_PH = head.fuse(batch.features_BTF.flatten(0, 1))
+    outs = []
+    for slots_of_step_M in slot_M.split(slots.sizes):
+        out_PH = run_step(state_PH)
+        state_PH = head.feedback(out_PH)
         # index_select: its backward adds rows, that of [] sorts them first.
-        outs.append(out_BTH.flatten(0, 1).index_select(0, slots_M))
-        rows.append(slots_M + 1 + step)  # the target's rows, in the same flat order
-        covered.append(covered_P[rows[-1]])
-        counted_M = covered[-1].to(head.lm_head.weight.dtype)
-        weights.append(settings.decay**step / num_roots * counted_M)
-    matrix_VH = head.lm_head.weight
+        outs.append(out_PH.index_select(0, slots_of_step_M))
+    out_MH, matrix_VH = torch.cat(outs), head.lm_head.weight
+    del outs  # the copy is what is kept
+    covered_M = batch.covered_BT.flatten()[rows_M]
+    decayed_M = torch.pow(settings.decay, step_M.to(matrix_VH.dtype))
     # All steps at once, so that there is one gradient of the output matrix and not K.
     loss, losses_M, drafted_M, agree_M = LinearSoftCrossEntropy.apply(
-        head.norm(torch.cat(outs)),
+        head.norm(out_MH),
         matrix_VH if torch.is_grad_enabled() else matrix_VH.detach(),
         batch.target_logits_BTV.flatten(0, 1),
-        torch.cat(rows),
-        torch.cat(weights),
+        rows_M,
+        decayed_M * covered_M / max(1, slots.sizes[0]),
     )
-    sizes = [len(slots_M) for slots_M in slots]
-    chain = ChainAcceptance(batch.tokens_BT, sizes[0])
-    losses, accuracies, accepted = [], [], []
-    parts = zip(losses_M.split(sizes), drafted_M.split(sizes), agree_M.split(sizes), strict=True)
-    for step, (of_step_M, drafted, agree) in enumerate(parts):
-        num_counted = covered[step].sum().clamp(min=1)
-        losses.append((of_step_M * covered[step]).sum() / num_counted)
-        accuracies.append((agree & covered[step]).sum() / num_counted)
-        accepted.append(chain.share(step, slots[step], head.draft_token_ids[drafted]))
+    sums = losses_M * covered_M, agree_M & covered_M, covered_M
+    losses_K, agreeing_K, counted_K = sums_of_steps(slots, len(tokens_P), sums)
+    right_M = head.draft_token_ids[drafted_M] == tokens_P[rows_M + 1]
+    counted_K = counted_K.clamp(min=1)
     return LossResult(
         loss=loss,
-        losses_K=torch.stack(losses).float(),
-        accuracy_K=torch.stack(accuracies).float(),
-        accepted_K=torch.stack(accepted).float(),
+        losses_K=(losses_K / counted_K).float(),
+        accuracy_K=(agreeing_K / counted_K).float(),
+        accepted_K=accepted_share(slots, len(tokens_P), right_M),
     )

@@ -23,7 +23,8 @@ it where the second begins.
 
 The same function is EAGLE-1's loss (``decay`` 0 or one step, no top-K term).
 
-Shape suffixes: B sequences, T slots, K steps, P = B T rows, M counted slots, H hidden.
+Shape suffixes: B sequences, T slots, K steps, P = B T rows, M counted slots of all steps,
+H hidden.
 """
 
 import torch
@@ -32,7 +33,7 @@ from vllm_eagle3.train.eagle1 import Eagle1Head
 from vllm_eagle3.train.features import FeatureBatch
 from vllm_eagle3.train.objectives.eagle1 import feature_terms, noisy
 from vllm_eagle3.train.objectives.result import LossResult, LossSettings, weighted
-from vllm_eagle3.train.objectives.slots import ChainAcceptance, slots_of_steps
+from vllm_eagle3.train.objectives.slots import accepted_share, slots_of_steps, sums_of_steps
 from vllm_eagle3.train.objectives.steps import DraftSteps
 
 
@@ -42,29 +43,35 @@ def aligned_loss(head: Eagle1Head, batch: FeatureBatch, settings: LossSettings) 
     Noise is added where a gradient is wanted of a head in training mode, and nowhere else.
     """
     slots = slots_of_steps(batch.assistant_BT, settings.num_steps, batch.slots)
-    features_PH = batch.features_BTF.flatten(0, 1)
-    chain = ChainAcceptance(batch.tokens_BT, len(slots[0]))
+    tokens_P, features_PH = batch.tokens_BT.flatten(), batch.features_BTF.flatten(0, 1)
+    step_M, slot_M = slots.at_M // len(tokens_P), slots.at_M % len(tokens_P)
+    rows_M = slot_M + step_M + 1
     run_step = DraftSteps(head, batch, settings)
     training = head.training and torch.is_grad_enabled()
-    taken_BTH = noisy(batch.features_BTF, settings.feature_noise if training else 0.0)
-    losses, parts, accuracies, accepted = [], [], [], []
-    for step, slots_M in enumerate(slots):
-        out_BTH = run_step(taken_BTH)
-        taken_BTH = out_BTH.detach()
+    taken_PH = noisy(features_PH, settings.feature_noise if training else 0.0)
+    losses, parts, drafted, agree = [], [], [], []
+    of_steps = zip(slot_M.split(slots.sizes), rows_M.split(slots.sizes), strict=True)
+    for slots_of_step_M, rows_of_step_M in of_steps:
+        out_PH = run_step(taken_PH)
+        taken_PH = out_PH.detach()
         loss, terms, drafted_M, agree_M = feature_terms(
             head,
-            out_BTH.flatten(0, 1).index_select(0, slots_M),
-            features_PH.index_select(0, slots_M + 1 + step),
+            out_PH.index_select(0, slots_of_step_M),
+            features_PH.index_select(0, rows_of_step_M),
             settings,
         )
         losses.append(loss)
         parts.append(terms)
-        accuracies.append(agree_M.sum() / max(1, len(slots_M)))
-        accepted.append(chain.share(step, slots_M, drafted_M))
+        drafted.append(drafted_M)
+        agree.append(agree_M)
+    agree_M = torch.cat(agree)
+    sums = agree_M.float(), torch.ones_like(agree_M)
+    agreeing_K, counted_K = sums_of_steps(slots, len(tokens_P), sums)
+    right_M = torch.cat(drafted) == tokens_P[rows_M + 1]
     return LossResult(
-        loss=weighted(losses, [len(slots_M) for slots_M in slots], settings.decay),
+        loss=weighted(losses, slots.sizes, settings.decay),
         losses_K=torch.stack(losses).detach().float(),
-        accuracy_K=torch.stack(accuracies).float(),
-        accepted_K=torch.stack(accepted).float(),
+        accuracy_K=agreeing_K / counted_K.clamp(min=1),
+        accepted_K=accepted_share(slots, len(tokens_P), right_M),
         parts={name: torch.stack([terms[name] for terms in parts]).float() for name in parts[0]},
     )

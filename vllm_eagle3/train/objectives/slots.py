@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from vllm_eagle3.train.data import CountedSlots
+
 
 def counted_slots(assistant_BT: torch.Tensor, step: int) -> torch.Tensor:
     """Flat indices, int64 [M], of the slots whose root and predicted token are the assistant's.
@@ -19,8 +21,8 @@ def counted_slots(assistant_BT: torch.Tensor, step: int) -> torch.Tensor:
 
 
 def slots_of_steps(
-    assistant_BT: torch.Tensor, num_steps: int, counted: Sequence[torch.Tensor] = ()
-) -> tuple[torch.Tensor, ...]:
+    assistant_BT: torch.Tensor, num_steps: int, counted: CountedSlots | None = None
+) -> CountedSlots:
     """:func:`counted_slots` of steps 0..K-1.
 
     Counting makes the host wait for a GPU.
@@ -28,9 +30,12 @@ def slots_of_steps(
     Args:
         counted: those of the same batch, if it has been done before, of at least as many steps.
     """
-    if len(counted) >= num_steps:
-        return tuple(counted[:num_steps])
-    return tuple(counted_slots(assistant_BT, step) for step in range(num_steps))
+    if counted is not None and len(counted.sizes) >= num_steps:
+        sizes = counted.sizes[:num_steps]
+        return CountedSlots(counted.at_M[: sum(sizes)], sizes)
+    slots = [counted_slots(assistant_BT, step) for step in range(num_steps)]
+    at = [slots_M + step * assistant_BT.numel() for step, slots_M in enumerate(slots)]
+    return CountedSlots(torch.cat(at), tuple(map(len, slots)))
 
 
 def shift_left(x_BT: torch.Tensor, by: int) -> torch.Tensor:
@@ -38,18 +43,29 @@ def shift_left(x_BT: torch.Tensor, by: int) -> torch.Tensor:
     return F.pad(x_BT[:, by:], (0, min(by, x_BT.shape[1])))
 
 
-class ChainAcceptance:
-    """Counts the slots from which every draft so far equals the document."""
+def sums_of_steps(
+    slots: CountedSlots, num_slots: int, values_XM: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Sums of values of the counted slots over each draft step, [X, K].
 
-    def __init__(self, tokens_BT: torch.Tensor, num_roots: int) -> None:
-        """``num_roots``: counted slots of step 0."""
-        self._tokens_P = tokens_BT.flatten()
-        self._on_track_P = torch.ones_like(self._tokens_P, dtype=torch.bool)
-        self._num_roots = max(1, num_roots)
+    In a fixed order, unlike atomic additions, and without an operation for each step.
 
-    def share(self, step: int, slots_M: torch.Tensor, drafted_M: torch.Tensor) -> torch.Tensor:
-        """The share after ``step``; its counted slots drafted ``drafted_M``, target ids."""
-        right_P = torch.zeros_like(self._on_track_P)
-        right_P[slots_M] = drafted_M == self._tokens_P[slots_M + 2 + step]
-        self._on_track_P &= right_P
-        return self._on_track_P.sum() / self._num_roots
+    Args:
+        num_slots: P, of the batch.
+    """
+    values = torch.stack(tuple(values_XM))
+    K = len(slots.sizes)
+    values_XKP = values.new_zeros(len(values), K * num_slots).index_copy_(1, slots.at_M, values)
+    return values_XKP.view(-1, K, num_slots).sum(-1)
+
+
+def accepted_share(slots: CountedSlots, num_slots: int, right_M: torch.Tensor) -> torch.Tensor:
+    """Share of the roots from which all drafts of steps 0..k equal the document, [K].
+
+    Args:
+        num_slots: P, of the batch.
+        right_M: bool, whether a counted slot's draft does.
+    """
+    K = len(slots.sizes)
+    right_KP = right_M.new_zeros(K * num_slots).index_copy_(0, slots.at_M, right_M)
+    return right_KP.view(K, num_slots).cumprod(0).sum(-1) / max(1, slots.sizes[0])

@@ -12,47 +12,62 @@ target's F features and V logits. A head for Llama-3.1-8B (H = N D = 4096, F = 3
 K = 7) keeps about 0.37 MiB for a token in bfloat16, 6 GiB for 16384; one step's own activations,
 which are there once, take another 3.
 
-Shape suffixes: B rows, T slots, N query heads, D head dimension, H hidden size, F captured
-features, V draft vocabulary.
+Shape suffixes: B rows, T slots, P = B T, K steps, L slots of the longest document, E = P + K or
+L + K, N query heads, D head dimension, H hidden size, F captured features, V draft vocabulary.
 """
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from vllm_eagle3.train.attention import DiagonalAttention
+from vllm_eagle3.train.documents import RowLayout
+from vllm_eagle3.train.draft_attention import DraftAttention, Geometry
 from vllm_eagle3.train.features import FeatureBatch
+from vllm_eagle3.train.layers import rotary_angles
 from vllm_eagle3.train.model import DraftHead
 from vllm_eagle3.train.objectives.result import LossSettings
-from vllm_eagle3.train.objectives.slots import shift_left
 
 
 class DraftSteps:
-    """Runs a head's steps k = 0, 1, ... over a batch; slot t of step k takes token t+1+k."""
+    """Runs a head's steps k = 0, 1, ..., K-1 over a batch; slot t of step k takes token t+1+k.
+
+    What does not change between the steps is made once: weights in the type of the states, the
+    tokens' embeddings, the angles of all positions. Behind a row's end lies the next row; the
+    slots that would take its tokens count in no step, and no other slot sees them.
+    """
 
     def __init__(self, head: DraftHead, batch: FeatureBatch, settings: LossSettings) -> None:
-        self._head, self._batch, self._settings = head, batch, settings
-        self._positions_BT = batch.positions_BT
+        self._head, self._settings = head, settings
+        self._layout = batch.layout or RowLayout(*batch.tokens_BT.shape)
+        dtype, K = batch.features_BTF.dtype, settings.num_steps
+        self._prepared = head.prepared(dtype)
+        self._embeds_EH = head.embed(F.pad(batch.tokens_BT.flatten(), (0, K)), dtype)
+        last = self._layout.longest + K
+        positions_1E = torch.arange(last, device=batch.tokens_BT.device).unsqueeze(0)
+        self._angles = rotary_angles(positions_1E, head.config, head.fc.weight.dtype)
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def __call__(self, state_BTH: torch.Tensor) -> torch.Tensor:
-        """The next step's output, [B, T, H], of the state that it takes."""
+    def __call__(self, state_PH: torch.Tensor) -> torch.Tensor:
+        """The next step's output, [P, H], of the state that it takes."""
         if self._settings.recompute and torch.is_grad_enabled():
             # Nothing in a step is random.
-            out_BTH, *newest = checkpoint(
+            out_PH, *newest = checkpoint(
                 self._run,
-                state_BTH,
+                state_PH,
                 tuple(self._seen),
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
         else:
-            out_BTH, *newest = self._run(state_BTH, self._seen)
+            out_PH, *newest = self._run(state_PH, self._seen)
         self._seen.append(tuple(newest))
-        return out_BTH
+        return out_PH
 
-    def _run(self, state_BTH, earlier) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        step = len(earlier)
-        attend = DiagonalAttention(self._settings.attention, self._batch.layout, earlier)
-        tokens_BT = shift_left(self._batch.tokens_BT, 1 + step)
-        out_BTH = self._head.step(tokens_BT, state_BTH, self._positions_BT + step, attend)
-        return out_BTH, *attend.newest
+    def _run(self, state_PH, earlier) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        step, L = len(earlier), self._layout.longest
+        cos, sin = (x_1ED[:, step : step + L] for x_1ED in self._angles)
+        geometry = Geometry(self._head.config, self._layout, (cos, sin))
+        attend = DraftAttention(geometry, earlier, self._settings.attention)
+        embeds_PH = self._embeds_EH[1 + step : 1 + step + len(state_PH)]
+        out_PH = self._head.run(embeds_PH, state_PH, self._prepared, attend)
+        return out_PH, *attend.newest
