@@ -1,4 +1,4 @@
-"""The attention of draft steps: two functions with gradients of their own, or torch's."""
+"""The attention of draft steps: two functions with gradients of their own against torch's."""
 
 import pytest
 import torch

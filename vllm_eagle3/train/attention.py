@@ -10,7 +10,6 @@ Shape suffixes: B sequences, T slots, N query heads, J diagonal steps, D head di
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -94,72 +93,36 @@ def _explicit(
     return out
 
 
-class Joint(NamedTuple):
-    """Attention to keys 0..t of step 0 and the own slot's of later steps, under one softmax.
-
-    Attributes:
-        q, out: queries and output, BNTD, as the gradient takes them.
-        lse: log-sum-exp of all scores, BNT.
-        extra: what the flash kernel's backward needs besides.
-    """
-
-    q: torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor
-    extra: tuple
-
-
-def joint_attention(q: torch.Tensor, keys: Tensors, values: Tensors) -> Joint:
+class _FlashPlusDiagonal(torch.autograd.Function):
     """Flash attention and J diagonal scores under one softmax.
 
-    With L0 the flash kernel's log-sum-exp and s_j the diagonal scores,
+    Forward: with L0 the flash kernel's log-sum-exp and s_j the diagonal scores,
     L = log(e^L0 + sum_j e^s_j) and O = e^(L0-L) O0 + sum_j e^(s_j-L) v_j.
 
-    Args:
-        q: BNTD; keys and values of steps 0..J, each BNTD.
+    Backward: a flash kernel rebuilds its probabilities as e^(S-L) and subtracts
+    rowsum(dO * O). Given the *joint* L and O in place of its own, it therefore returns the
+    exact gradients of the joint softmax with respect to q (causal part), k and v.
     """
-    q = _in_layout(q)
-    out, lse, extra = _flash(q, _in_layout(keys[0]), _in_layout(values[0]))
-    return Joint(q, *add_diagonal(q, out, lse, keys[1:], values[1:]), extra)
-
-
-def joint_attention_gradient(
-    grad: torch.Tensor, joint: Joint, keys: Tensors, values: Tensors
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """Gradients of :func:`joint_attention` with respect to q, all keys and all values.
-
-    A flash kernel rebuilds its probabilities as e^(S-L) and subtracts rowsum(dO * O). Given the
-    *joint* L and O in place of its own, it therefore returns the exact gradients of the joint
-    softmax with respect to q (causal part), k and v.
-    """
-    q, out, lse, extra = joint
-    grad = _in_layout(grad)
-    k, v = _in_layout(keys[0]), _in_layout(values[0])
-    grad_q, grad_k, grad_v = _flash_backward(grad, q, k, v, out, lse, extra)
-    later = keys[1:], values[1:]
-    grad_q, grad_keys, grad_values = diagonal_gradients(grad, q, out, lse, *later, grad_q)
-    return grad_q, [grad_k, *grad_keys], [grad_v, *grad_values]
-
-
-class _FlashPlusDiagonal(torch.autograd.Function):
-    """:func:`joint_attention` as a function of all its tensors."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, q, k, v, *diagonal):
         num_steps = len(diagonal) // 2
-        keys, values = (k, *diagonal[:num_steps]), (v, *diagonal[num_steps:])
-        q, out, lse, ctx.extra = joint_attention(q, keys, values)
-        ctx.save_for_backward(q, out, lse, *keys, *values)
+        q, k, v = map(_in_layout, (q, k, v))
+        out, lse, extra = _flash(q, k, v)
+        out, lse = add_diagonal(q, out, lse, diagonal[:num_steps], diagonal[num_steps:])
+        ctx.save_for_backward(q, k, v, out, lse, *diagonal)
+        ctx.extra, ctx.num_steps = extra, num_steps
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, out, lse, *rest = ctx.saved_tensors
-        keys, values = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        joint = Joint(q, out, lse, ctx.extra)
-        grad_q, keys, values = joint_attention_gradient(grad, joint, keys, values)
-        return grad_q, keys[0], values[0], *keys[1:], *values[1:]
+        q, k, v, out, lse, *diagonal = ctx.saved_tensors
+        keys, values = diagonal[: ctx.num_steps], diagonal[ctx.num_steps :]
+        grad = _in_layout(grad)
+        grad_q, grad_k, grad_v = _flash_backward(grad, q, k, v, out, lse, ctx.extra)
+        grad_q, grad_keys, grad_values = diagonal_gradients(grad, q, out, lse, keys, values, grad_q)
+        return grad_q, grad_k, grad_v, *grad_keys, *grad_values
 
 
 def _in_layout(x_BNTD: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""The attention of one draft step, from its projections to what leaves it, in two functions.
+"""The attention of one draft step, from its projections to what leaves it.
 
-Between the products of a layer lie a dozen small operations: documents are taken apart, queries
-and keys rotated, keys and values repeated, and all of it undone behind the attention. As two
-functions with gradients of their own they cost the host half of what autograd makes of them.
+Before and behind the attention lie a dozen small operations: documents are taken apart, queries
+and keys rotated, keys and values repeated, and all of it undone. As two functions with gradients
+of their own they cost the host half of what autograd makes of them.
 
 Shape suffixes: B rows, T slots, P = B T, C documents, L slots of the longest, N query heads,
 G key heads, D head dimension, X = (N + 2 G) D.
@@ -14,12 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from vllm_eagle3.train.attention import (
-    Joint,
-    diagonal_attention,
-    joint_attention,
-    joint_attention_gradient,
-)
+from vllm_eagle3.train.attention import diagonal_attention
 from vllm_eagle3.train.documents import Layout
 from vllm_eagle3.train.head_config import HeadConfig
 from vllm_eagle3.train.layers import Angles, rotated_heads, rotated_heads_gradient
@@ -81,10 +76,8 @@ class DraftAttention:
         q, *newest = _Heads.apply(qkv_PX, self._geometry)
         self.newest = tuple(newest)
         keys, values = zip(*self._earlier, self.newest, strict=True)
-        if self._impl == "flash":
-            return _Attention.apply(self._geometry, q, *keys, *values)
         out = diagonal_attention(q, keys[0], values[0], keys[1:], values[1:], self._impl)
-        return self._geometry.joined(out)
+        return _Joined.apply(out, self._geometry)
 
 
 class _Heads(torch.autograd.Function):
@@ -101,24 +94,15 @@ class _Heads(torch.autograd.Function):
         return ctx.geometry.heads_gradient(grads_CNLD), None
 
 
-class _Attention(torch.autograd.Function):
-    """Queries, and keys and values of all steps so far, CNLD, -> output, [P, N D]."""
+class _Joined(torch.autograd.Function):
+    """CNLD -> [P, N D]."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, geometry: Geometry, q, *keys_and_values):
-        num_steps = len(keys_and_values) // 2
-        keys, values = keys_and_values[:num_steps], keys_and_values[num_steps:]
-        q, out, lse, ctx.extra = joint_attention(q, keys, values)
-        ctx.save_for_backward(q, out, lse, *keys, *values)
+    def forward(ctx: FunctionCtx, out_CNLD, geometry: Geometry):
         ctx.geometry = geometry
-        return geometry.joined(out)
+        return geometry.joined(out_CNLD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_PE):
-        q, out, lse, *rest = ctx.saved_tensors
-        keys, values = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        grad_CNLD = ctx.geometry.joined_gradient(grad_PE)
-        joint = Joint(q, out, lse, ctx.extra)
-        grad_q, keys, values = joint_attention_gradient(grad_CNLD, joint, keys, values)
-        return None, grad_q, *keys, *values
+        return ctx.geometry.joined_gradient(grad_PE), None
