@@ -7,8 +7,9 @@ import triton.language as tl
 _ELEMENTS = 1024  # of each half in a program's tile, 8 for each thread of four warps
 
 
-# Sizes of packed batches hardly repeat: no variant of the kernel for those that 16 divides.
-@triton.jit(do_not_specialize=["num_rows", "num_slots", "num_heads", "x_slot_stride"])
+# Sizes of packed batches hardly repeat: no variant of the kernel for those that 16 divides. The
+# stride is a model's own, and loads are wide where it is known to be divisible.
+@triton.jit(do_not_specialize=["num_rows", "num_slots", "num_heads"])
 def _rotate_halves_kernel(
     x_ptr,  # [B T, N, D], R = B T N
     cos_ptr,  # [S, D], S = B T, or T for all B
