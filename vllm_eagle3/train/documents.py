@@ -62,8 +62,7 @@ class DocumentLayout:
 
     def split(self, x_BNTD: torch.Tensor) -> torch.Tensor:
         """[B, N, T, D] -> [C, N, L, D]."""
-        x_PND = x_BNTD.transpose(1, 2).flatten(0, 1)
-        return x_PND.index_select(0, self._packed_CL).unflatten(0, self._shape_CL).transpose(1, 2)
+        return self.apart(x_BNTD.transpose(1, 2).flatten(0, 1)).transpose(1, 2)
 
     def apart(self, x_PX: torch.Tensor) -> torch.Tensor:
         """[P, X] -> [C, L, X]; what a document's padding holds is seen by none of its slots."""
@@ -84,8 +83,8 @@ class DocumentLayout:
 
     def join(self, x_CNLD: torch.Tensor) -> torch.Tensor:
         """[C, N, L, D] -> [B, N, T, D]."""
-        x_CLND = x_CNLD.transpose(1, 2).flatten(0, 1)
-        return x_CLND.index_select(0, self._padded_P).unflatten(0, self._shape_BT).transpose(1, 2)
+        x_PND = self.together(x_CNLD.transpose(1, 2))
+        return x_PND.unflatten(0, self._shape_BT).transpose(1, 2)
 
 
 class RowLayout:
