@@ -58,14 +58,16 @@ def random_weights(module: torch.nn.Module, seed: int) -> None:
         weight.data.copy_(1 + 0.3 * noise if weight.dim() == 1 else 0.2 * noise)
 
 
-def make_small(path: Path, **changes: Any) -> Pair:
+def make_small(path: Path, eagle31: bool = False, **changes: Any) -> Pair:
     model = llama(**SMALL | changes)
     random_weights(model, 1)
     model.save_pretrained(path / "small")
     write_tokenizer(path / "small", VOCABULARY)
     ids = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(2))[:100]
     embedding = model.get_input_embeddings().weight.detach()
-    head = Eagle3Head(HeadConfig.from_target(model.config, 100), embedding, ids.sort().values)
+    norms = {"fc_norm": eagle31, "norm_output": eagle31}
+    config = HeadConfig.from_target(model.config, 100, **norms)
+    head = Eagle3Head(config, embedding, ids.sort().values)
     random_weights(head, 3)
     return Pair(path / "small", export(head, path / "small-head", dtype="float32"))
 

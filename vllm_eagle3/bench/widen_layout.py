@@ -38,7 +38,7 @@ import torch
 
 from vllm_eagle3.bench.llama_shape import LlamaShape, check_fit
 
-_NORMS = ("input_layernorm", "post_attention_layernorm", "hidden_norm", "norm")
+_NORMS = ("input_layernorm", "post_attention_layernorm", "hidden_norm", "norm", "fc_norm")
 _UNCHANGED = ("d2t", "t2d")
 
 
@@ -132,9 +132,11 @@ class Layout:
         return builder(weight, noise)
 
     def _builder(self, name: str) -> Callable[[torch.Tensor, Noise], torch.Tensor] | None:
-        *_, part, kind = ("", *name.split("."))
+        *path, part, kind = ("", *name.split("."))
         if kind != "weight":
             return None
+        if part.isdecimal():  # one of a list, such as ``fc_norm.0``
+            part = path[-1]
         return dict.fromkeys(_NORMS, self._norm).get(part) or {
             "embed_tokens": self._embedding,
             "lm_head": self._output,
