@@ -7,12 +7,13 @@
 # the table and tau over training tokens. What is there already is not made again; what fails
 # names its log and ends the script. Settings:
 #   STEPS=2000       optimiser steps with all of the data; with a share of it as many less
-#   SHARES="8 4 2"   EAGLE-3 heads of an eighth, a quarter and half of the data; "" for none
+#   SHARES="8 4 2"   heads of an eighth, a quarter and half of the data, too; "" for none
+#   SCALED="eagle3 eagle1"   the objectives whose heads these are
 #   LIMIT=80         questions of each set;  MAX_TOKENS=256  of an answer
 #   JOBS=4           trainings, then evaluations, at once; each has one of the visible GPUs, in turn
 set -euo pipefail
 target=$1 data=$2 out=$3
-: "${STEPS:=2000}" "${SHARES=8 4 2}" "${LIMIT:=80}" "${MAX_TOKENS:=256}" "${JOBS:=4}"
+: "${STEPS:=2000}" "${SHARES=8 4 2}" "${SCALED:=eagle3 eagle1}" "${LIMIT:=80}" "${MAX_TOKENS:=256}" "${JOBS:=4}"
 mkdir -p "$out"
 if [ -n "${CUDA_VISIBLE_DEVICES-}" ]; then
   gpus=${CUDA_VISIBLE_DEVICES//,/ }
@@ -20,8 +21,13 @@ else
   gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null) || gpus=
 fi
 
-of_share() { # N: the name of a head trained with one of every N documents
-  echo "eagle3-1of$1"
+shares() { # lines of NAME OBJECTIVE N: heads to be trained with one of every N documents
+  local n objective
+  for n in $SHARES; do
+    for objective in $SCALED; do
+      echo "$objective-1of$n $objective $n"
+    done
+  done
 }
 
 train() { # NAME OBJECTIVE N: with one of every N documents
@@ -58,9 +64,7 @@ export gpus target data out STEPS LIMIT MAX_TOKENS JOBS
   for objective in eagle1 hass eagle3-top eagle3 eagle3.1; do
     echo "train $objective $objective 1"
   done
-  for n in $SHARES; do
-    echo "train $(of_share "$n") eagle3 $n"
-  done
+  shares | sed 's/^/train /'
 } | at_once
 
 {
@@ -68,8 +72,8 @@ export gpus target data out STEPS LIMIT MAX_TOKENS JOBS
   for name in eagle1 hass eagle3-top eagle3 eagle3.1; do
     echo "evaluate $name $name 63"
   done
-  for n in $SHARES; do
-    echo "evaluate $(of_share "$n") $(of_share "$n") 63"
+  shares | while read -r name _; do
+    echo "evaluate $name $name 63"
   done
 } | at_once
 
@@ -81,7 +85,7 @@ results=(
   "EAGLE-3=$out/eagle3.json"
   "EAGLE-3.1=$out/eagle3.1.json"
 )
-for n in $SHARES; do
-  results+=("$out/$(of_share "$n").json")
-done
+while read -r name _; do
+  results+=("$out/$name.json")
+done < <(shares)
 vllm-eagle3 bench heads "${results[@]}" --output "$out/heads.json"

@@ -78,14 +78,14 @@ def evaluated(calls: list[list[str]]) -> list[str]:
 def test_every_head_is_trained_evaluated_and_in_the_table(folder: Path) -> None:
     result, calls = compare(folder, SHARES="4 2", STEPS="1000")
     assert (result.returncode, result.stderr) == (0, "")
-    shares = ["eagle3-1of2", "eagle3-1of4"]
+    shares = ["eagle1-1of2", "eagle1-1of4", "eagle3-1of2", "eagle3-1of4"]
     assert trained(calls) == sorted([*HEADS, *shares])
     assert evaluated(calls) == sorted([*HEADS, *shares, "eagle1-static"])
     steps = {Path(option(c, "--out")).name: option(c, "--steps") for c in calls if "--steps" in c}
     assert (steps["eagle3"], steps["eagle3-1of4"]) == ("1000", "250")
     data = {Path(option(c, "--out")).name: data_of(c) for c in calls if c[0] == "train"}
     assert set(data.values()) == {(f"{folder}/data", share) for share in ("1", "0.5", "0.25")}
-    assert (data["hass"][1], data["eagle3-1of2"][1], data["eagle3-1of4"][1]) == ("1", "0.5", "0.25")
+    assert (data["hass"][1], data["eagle3-1of2"][1], data["eagle1-1of4"][1]) == ("1", "0.5", "0.25")
     table = " ".join(calls[-1])
     assert table.startswith("bench heads ")
     for name in [*HEADS, *shares, "eagle1-static"]:
@@ -99,6 +99,11 @@ def test_no_shares(folder: Path) -> None:
     assert (result.returncode, trained(calls)) == (0, HEADS)
     assert evaluated(calls) == sorted([*HEADS, "eagle1-static"])
     assert "1of" not in " ".join(calls[-1])
+
+
+def test_which_heads_have_shares_is_a_setting(folder: Path) -> None:
+    result, calls = compare(folder, SHARES="2", SCALED="hass")
+    assert (result.returncode, trained(calls)) == (0, sorted([*HEADS, "hass-1of2"]))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from vllm_eagle3.bench.figure import subplots
 def write(results: dict[str, Any], path: Path) -> Path:
     """Draw one line for each objective and way of drafting, one plot for each temperature.
 
+    A line bears the name of the head that was trained on the most.
+
     Args:
         results: as ``bench heads`` wrote them; heads without a record of their training are
             left out.
@@ -24,10 +26,11 @@ def write(results: dict[str, Any], path: Path) -> Path:
         lines = defaultdict(list)
         for row in rows:
             if (tau := _overall(row, temperature)) is not None:
-                name = f"{row['objective'] or row['name']}, {row['configuration']}"
-                lines[name].append((row["corpus_tokens"] / 1e6, tau))
-        for name, points in lines.items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+                line = row["objective"] or row["name"], row["configuration"]
+                lines[line].append((row["corpus_tokens"] / 1e6, tau, row["name"]))
+        for points in map(sorted, lines.values()):
+            tokens, taus, names = zip(*points, strict=True)
+            axis.plot(tokens, taus, marker="o", label=names[-1])
         axis.set_xscale("log", base=2)
         axis.set_xlabel("training tokens, millions")
         axis.set_title(f"T={temperature:g}")
