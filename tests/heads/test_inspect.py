@@ -29,8 +29,8 @@ def test_the_shipped_head(capsys):
     assert cli.main(["inspect", str(DEMO)]) == 0
     text = capsys.readouterr().out
     for line in (
-        "kind                EAGLE-3\n",
-        "draft vocabulary    8192 of 49152 tokens (d2t: offsets, t2d agrees)\n",
+        "kind                EAGLE-3.1\n",
+        "draft vocabulary    16384 of 49152 tokens (d2t: offsets, t2d agrees)\n",
         "captured layers     default (no ids stored: every engine captures 2, L//2 and L-3)\n",
         "  yes chain by vLLM",
         "  yes tree by vllm-eagle3",

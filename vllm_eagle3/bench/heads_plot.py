@@ -32,6 +32,7 @@ def write(results: dict[str, Any], path: Path) -> Path:
             tokens, taus, names = zip(*points, strict=True)
             axis.plot(tokens, taus, marker="o", label=names[-1])
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("training tokens, millions")
         axis.set_title(f"T={temperature:g}")
         axis.grid(alpha=0.3)
