@@ -61,6 +61,38 @@ def test_a_run_does_not_go_on_with_other_data_or_another_target(data: Path, tmp_
         run("target", 3)
 
 
+def spoken(prompt: int, answer: int) -> Document:
+    return Document(np.arange(3, 3 + prompt + answer), np.arange(prompt + answer) >= prompt)
+
+
+@pytest.mark.parametrize("objective", ["eagle3", "hass"])
+def test_weights_start_from_the_first_batch_that_has_an_answer(
+    objective: str, data: Path, tmp_path: Path
+) -> None:
+    """Here that of the one document in eight whose answer begins before ``max_length``."""
+    small.llama().save_pretrained(tmp_path / "target")
+    answered, cut = spoken(4, 20), spoken(40, 20)
+    write_shard(data / "shard-00-00000.safetensors", [answered, *[cut] * 7] * 2)
+    sizes = {"batch_tokens": 32, "max_length": 32, "num_ttt_steps": None, "log_every": 1}
+    config = TrainConfig(**OPTIONS | sizes, objective=objective, epochs=1)
+    train(tmp_path / "target", data, tmp_path / "out", config, "cpu")
+    lines = (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()
+    losses = [entry["loss"] for entry in map(json.loads, lines) if entry["event"] == "step"]
+    assert len(losses) > 8
+    assert 0 < losses.count(0.0) < len(losses)
+
+
+@pytest.mark.parametrize("document", [spoken(40, 20), spoken(4, 1), spoken(4, 0)])
+def test_data_without_an_answer_to_learn_from_is_refused(
+    document: Document, data: Path, tmp_path: Path
+) -> None:
+    small.llama().save_pretrained(tmp_path / "target")
+    write_shard(data / "shard-00-00000.safetensors", [document] * 4)
+    config = TrainConfig(**OPTIONS, max_length=32)
+    with pytest.raises(ValueError, match=r"within the first 32 tokens no document has.*--max-leng"):
+        train(tmp_path / "target", data, tmp_path / "out", config, "cpu")
+
+
 def test_fingerprints_tell_documents_and_targets_apart_but_not_precisions() -> None:
     first, second, *_ = small.documents(2)
     joined = [*first.tokens, *second.tokens], [*first.assistant, *second.assistant]

@@ -78,8 +78,19 @@ class Loader:
             )
 
     def first(self) -> TokenBatch:
-        """The first batch of the run, the same for every process."""
-        return next(self._epoch(0))
+        """The first batch of the run that has a root, the same for every process.
+
+        Raises:
+            ValueError: none has one.
+        """
+        for batch in self._epoch(0):
+            if len(counted_slots(batch.assistant_BT, 0)):
+                return batch
+        raise ValueError(
+            f"within the first {self.config.max_length} tokens no document has two tokens of the "
+            "assistant after each other, from which a head learns: raise --max-length, or give "
+            "other data"
+        )
 
     def num_steps(self) -> int:
         """Steps of the run, if nothing ends it before: by the data, or by ``config.steps``."""

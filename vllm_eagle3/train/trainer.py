@@ -111,7 +111,8 @@ class _Trainer:
             self._loop()
             if self.saved_step != self.step:
                 self._save_state()  # before what may yet fail or be interrupted
-            self._evaluate()
+            if self.evaluation is None or self.step % self.config.eval_every:
+                self._evaluate()  # else the loop has, at this very step
             if self.world.is_main:
                 depth = self.learner.target.config.num_hidden_layers
                 export(self.learner.head, self.out_dir, self._card(), num_target_layers=depth)
