@@ -105,6 +105,19 @@ def test_a_state_that_could_not_be_written_leaves_the_one_before(
     assert train(target, data, out, "--resume") == 0
 
 
+def test_a_gpu_with_too_little_memory_is_told_in_a_line(
+    target: Path, data: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def out_of_memory(*_arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.Tensor, "backward", out_of_memory)
+    assert train(target, data, tmp_path / "out") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "too little memory (CUDA out of memory. Tried" in last
+    assert "--recompute or a larger --accumulate" in last
+
+
 def test_a_head_that_stood_there_outlives_a_full_disk(tmp_path: Path) -> None:
     _, head = small.pair(torch.float32)
     before = (export(head, tmp_path) / "model.safetensors").read_bytes()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from math import nan
 from pathlib import Path
 
@@ -136,6 +137,8 @@ def test_a_new_run_leaves_the_state_and_the_log_of_another_as_they_are(
         ("warmup", [-0.1, 1.0, nan], [0.0, 0.99]),
         ("held_out", [-0.1, 1.0, nan], [0.0, 0.5]),
         ("ttt_decay", [0.0, -0.8, 1.1, nan], [0.1, 1.0]),
+        ("minutes", [0.0, -1.0, nan], [0.1]),
+        ("seed", [-1], [0, 7]),
     ],
 )
 def test_a_setting_out_of_its_range_is_named(
@@ -146,6 +149,13 @@ def test_a_setting_out_of_its_range_is_named(
             TrainConfig(**{setting: value})
     for value in accepted:
         assert 0 < TrainConfig(**{setting: value}).rate(0.5) < 1e-3
+
+
+@pytest.mark.parametrize("settings", [{"eval_chain": 64}, {"eval_tree": (64, 5, 16)}])
+def test_a_chain_or_tree_that_cannot_be_grown_is_named(settings: dict) -> None:
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name}={value}: ')}.*at most 63"):
+        TrainConfig(**settings)
 
 
 @pytest.mark.parametrize(("text", "shape"), [("6/2/4", (6, 2, 4)), ("31", (31, 5, 16))])

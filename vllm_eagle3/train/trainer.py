@@ -64,16 +64,22 @@ def train(
 
     Raises:
         ValueError: no data, an unsuitable target, a state of another configuration, target
-            or data, a state or a head in the way of a new run, a full disk, or a loss that is not
-            finite.
+            or data, a state or a head in the way of a new run, a full disk, too little memory on
+            the GPU, or a loss that is not finite.
     """
     given = [data_dirs] if isinstance(data_dirs, str | Path) else data_dirs
     paths = tuple(map(Path, given)), Path(out_dir)
     if not resume:
         checkpoints.refuse_overwriting(paths[1])
     read_target_config(target)  # a mistake ends here, before anything is written
-    with joined(device) as (world, chosen):
-        return _Trainer(target, *paths, config or TrainConfig(), chosen, world).train(resume)
+    try:
+        with joined(device) as (world, chosen):
+            return _Trainer(target, *paths, config or TrainConfig(), chosen, world).train(resume)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the GPU has too little memory ({error}): give --recompute or a larger --accumulate, "
+            "or where the target alone is too large --shard-target with torchrun"
+        ) from error
 
 
 class _Trainer:
