@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.train import small
-from vllm_eagle3.corpus import Document, write_shard
+from vllm_eagle3.corpus import Document, write_json, write_shard
 from vllm_eagle3.train import fingerprint
 from vllm_eagle3.train.features import Target
 from vllm_eagle3.train.settings import add_arguments, config_from_arguments
@@ -37,6 +37,21 @@ def test_a_target_with_a_scaled_rotary_embedding_is_trained_for_and_the_log_says
     (said,) = [entry for entry in log if entry["event"] == "rotary embedding"]
     assert (said["target"], said["head"], said["rope_theta"]) == ("llama3", "not scaled", 5e5)
     assert json.loads((out / "config.json").read_text())["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize(("made_for", "told"), [("llama", []), ("another", [["another"]])])
+def test_data_of_another_target_is_told(
+    made_for: str, told: list, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens may all be within the vocabulary."""
+    small.llama().save_pretrained(tmp_path / "llama")
+    write_json(data / "metadata.json", {"target": made_for})
+    monkeypatch.chdir(tmp_path / "llama")
+    out = tmp_path / "out"
+    train(".", data, out, TrainConfig(**OPTIONS, steps=1), "cpu")
+    log = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    assert [e["data"] for e in log if e["event"] == "data of other targets"] == told
+    assert "head for llama\n" in (out / "README.md").read_text()
 
 
 def test_a_run_does_not_go_on_with_other_data_or_another_target(data: Path, tmp_path: Path) -> None:

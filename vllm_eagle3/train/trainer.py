@@ -14,7 +14,7 @@ import torch
 from vllm_eagle3.corpus import read_corpus, write_json
 from vllm_eagle3.files import make_out_folder
 from vllm_eagle3.train import checkpoints, fingerprint, interruption
-from vllm_eagle3.train.card import model_card
+from vllm_eagle3.train.card import accounts, model_card
 from vllm_eagle3.train.clock import Clock
 from vllm_eagle3.train.data import drawn_share, split_held_out
 from vllm_eagle3.train.distributed import World, failing_once, is_main_process, joined
@@ -93,7 +93,8 @@ class _Trainer:
         world: World,
     ) -> None:
         self.config, self.out_dir, self.device, self.world = config, out_dir, device, world
-        self.target_name, self.data_dirs = str(target), data_dirs
+        # The name alone: a card is shared, a path is this machine's.
+        self.target_name, self.data_dirs = Path(target).absolute().name, data_dirs
         torch.manual_seed(config.seed)
         corpus = read_corpus(*data_dirs)
         make_out_folder(out_dir)
@@ -145,6 +146,10 @@ class _Trainer:
         if scaling := rotary_scaling(self.learner.target.config):
             base = self.learner.head.config.rope_theta
             self.log.write("rotary embedding", target=scaling, head="not scaled", rope_theta=base)
+        made_for = {account.get("target") for account in accounts(self.data_dirs)} - {None, ""}
+        if others := sorted(made_for - {self.target_name}):
+            # Perhaps only another name; another tokenizer's tokens would be learnt as they are.
+            self.log.write("data of other targets", target=self.target_name, data=others)
 
     def _loop(self) -> None:
         self.clock.start(self.step, self.tokens_seen, self.loader.num_steps())
@@ -259,8 +264,7 @@ class _Trainer:
     def _card(self) -> str:
         learner = self.learner
         facts = {
-            # The name alone: a card is shared, a path is this machine's.
-            "target": Path(self.target_name).name,
+            "target": self.target_name,
             "title": learner.objective.title,
             "method": learner.objective.method,
             "draft_vocab_size": len(learner.head.d2t),
