@@ -180,10 +180,10 @@ class _Trainer:
         if self.step % config.log_every == 0:
             self._log_step(measures, grad_norm, progress)
         self.log.advance(progress, self.tokens_seen)
+        if self.step % config.save_every == 0:
+            self._save_state()  # before the evaluation, which may fail or be interrupted
         if self.step % config.eval_every == 0:
             self._evaluate()
-        if self.step % config.save_every == 0:
-            self._save_state()
 
     def _check_finite(self) -> None:
         try:
