@@ -13,7 +13,9 @@ import torch
 from tests.train import small
 from vllm_eagle3.corpus import Document, write_json, write_shard
 from vllm_eagle3.train import fingerprint
+from vllm_eagle3.train.data import split_held_out
 from vllm_eagle3.train.features import Target
+from vllm_eagle3.train.packing import packed_batches
 from vllm_eagle3.train.settings import add_arguments, config_from_arguments
 from vllm_eagle3.train.trainer import TrainConfig, train
 
@@ -96,6 +98,23 @@ def test_weights_start_from_the_first_batch_that_has_an_answer(
     losses = [entry["loss"] for entry in map(json.loads, lines) if entry["event"] == "step"]
     assert len(losses) > 8
     assert 0 < losses.count(0.0) < len(losses)
+
+
+def test_an_epoch_of_more_batches_than_the_first_is_read_to_its_end(
+    data: Path, tmp_path: Path
+) -> None:
+    small.llama().save_pretrained(tmp_path / "target")
+    corpus = small.documents(61, longest=60)
+    write_shard(data / "shard-00-00000.safetensors", corpus)
+    sizes = {"batch_tokens": 128, "max_length": 128, "seed": 2, "epochs": 3}
+    config = TrainConfig(**OPTIONS | sizes)
+    known, _ = split_held_out(corpus, config.held_out, config.seed)
+    batches = [list(packed_batches(known, 128, 128, 2, 2000 + epoch)) for epoch in range(3)]
+    assert [len(epoch) for epoch in batches] == [16, 16, 17]
+    train(tmp_path / "target", data, tmp_path / "out", config, "cpu")
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert facts["steps"] == 49
+    assert facts["tokens_seen"] == sum(b.tokens_BT.numel() for epoch in batches for b in epoch)
 
 
 @pytest.mark.parametrize("document", [spoken(40, 20), spoken(4, 1), spoken(4, 0)])
