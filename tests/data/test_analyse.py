@@ -123,6 +123,18 @@ def test_traffic_is_told_from_other_traffic(
     assert written["scripts"] == {"Latin": 1.0}
 
 
+def test_a_few_documents_are_no_yardstick(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = write_corpus(tmp_path / "data", chats(["farm"], 9))
+    log = write_log(tmp_path / "log.jsonl", chats(["море"], 20))
+    byte_tokenizer().save_pretrained(tmp_path / "target")
+    arguments = [str(data), "--target", str(tmp_path / "target"), "--log", str(log)]
+    assert cli.main(["data", "analyse", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "too few documents to tell" in shown
+    assert "resembles this log little" not in shown
+    assert "as much as itself" not in shown
+
+
 def test_without_a_tokenizer_and_with_few_documents(tmp_path: Path) -> None:
     data = write_corpus(tmp_path / "data", chats(["farm"], 2))
     result = analyse(data)

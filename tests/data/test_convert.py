@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.tokenizers import FORGETFUL, byte_tokenizer
+from tests.data.tokenizers import FORGETFUL, NO_END, byte_tokenizer
 from tests.full_disk import no_room
 from vllm_eagle3 import cli
 from vllm_eagle3.corpus import Document, read_corpus, write_shard
@@ -97,6 +97,15 @@ def test_nothing_to_use_says_why(tmp_path: Path) -> None:
     given = write(tmp_path / "log.jsonl", [("user", "And?")])
     with pytest.raises(ValueError, match=r"no conversation can be used \(.*line 1: no answer\)"):
         convert([given], byte_tokenizer(), tmp_path / "out")
+
+
+def test_an_empty_answer_that_nothing_ends_is_left_out(tmp_path: Path) -> None:
+    """It would be a document of no tokens, which no training reads."""
+    empty, whole = [("user", "Hi"), ("assistant", "")], TWO_TURNS[:2]
+    given = write(tmp_path / "log.jsonl", empty, whole)
+    metadata = convert([given], byte_tokenizer(NO_END), tmp_path / "out")
+    assert metadata["dropped"] == {"all answers are empty": 1}
+    assert [answers(document) for document in read_corpus(tmp_path / "out")] == ["Hello."]
 
 
 def test_a_folder_for_a_file_and_a_file_for_a_folder_are_named(

@@ -35,6 +35,27 @@ def test_a_target_without_weights(tmp_path):
         load_target(tmp_path, torch.float32)
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("content", [LFS_POINTER, b""], ids=["pointer", "nothing"])
+def test_a_target_whose_weights_were_not_downloaded(tmp_path, content):
+    small.llama().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^--target [^\n]+not whole[^\n]+download them again$"):
+        load_target(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("method", ["fp8", "compressed-tensors", "gptq"])
+def test_a_quantised_target(tmp_path, method):
+    small.llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"^--target [^\n]+ is quantised[^\n]+was made of$"):
+        load_target(tmp_path, torch.float32)
+
+
 @pytest.mark.parametrize(("kind", "warned"), [("qwen3", True), ("llama", False), (None, False)])
 def test_a_target_that_no_head_can_be_trained_for_is_warned_of(tmp_path, capsys, kind, warned):
     byte_tokenizer().save_pretrained(tmp_path)

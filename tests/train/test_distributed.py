@@ -120,6 +120,20 @@ def test_a_sharded_target_gives_the_same_losses_and_predictions(
         assert predicted[1][name]["tau"] == pytest.approx(prediction["tau"], rel=1e-3)
 
 
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", ["cuda:1"]), ("cuda", [])])
+def test_a_gpu_that_is_named_is_where_kernels_run(
+    device: str, current: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton launches on the current GPU, whichever one the tensors are on."""
+    made: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: made.append(str(chosen)))
+    monkeypatch.delenv("RANK", raising=False)
+    with joined(device) as (_, chosen):
+        assert str(chosen) == device
+        assert made == current
+
+
 def test_a_target_is_not_sharded_over_one_process(paths: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use torchrun"):
         train(*paths, tmp_path, TrainConfig(**OPTIONS, shard_target=True), "cpu")

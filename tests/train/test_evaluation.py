@@ -99,8 +99,9 @@ def test_losses_are_the_same_in_parts_no_larger_than_those_of_a_step() -> None:
     assert in_parts[1] == pytest.approx(accepted)
 
 
-def test_a_run_measures_in_the_parts_that_it_trains_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("every", [1, 500])
+def test_a_run_measures_once_a_step_in_the_parts_that_it_trains_in(
+    every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small.llama().save_pretrained(tmp_path / "target")
     write_shard(tmp_path / "shard-0.safetensors", small.documents(80))
@@ -112,7 +113,8 @@ def test_a_run_measures_in_the_parts_that_it_trains_in(
 
     monkeypatch.setattr(Learner, "measure", noted)
     settings = {"batch_tokens": 512, "accumulate": 4, "steps": 1, "held_out": 0.5}
-    config = TrainConfig(**settings, draft_vocab_size=80, eval_batches=2, eval_documents=0)
+    settings |= {"draft_vocab_size": 80, "eval_every": every}
+    config = TrainConfig(**settings, eval_batches=2, eval_documents=0)
     train(tmp_path / "target", tmp_path, tmp_path / "out", config, "cpu")
     assert len(sizes) == 2 * 4
     assert max(sizes) <= 512 / 4

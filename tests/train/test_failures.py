@@ -78,18 +78,23 @@ def test_a_head_that_could_not_be_written_is_after_resuming(
     assert not list(out.glob(".*"))
 
 
-def test_an_interruption_of_the_last_evaluation_loses_no_step(
-    target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("every", ["2", "500"])
+def test_an_interruption_of_an_evaluation_loses_no_step(
+    every: str, target: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the last one, or of one on the way."""
+
     def interrupted(*_arguments: object) -> None:
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "evaluate", interrupted)
-        assert train(target, data, out) == 130
-    assert torch.load(out / "training_state.pt", weights_only=True)["progress"]["step"] == 2
-    assert train(target, data, out, "--resume") == 0
+        options = ("--steps", "3", "--eval-every", every, "--save-every", "2")
+        assert train(target, data, out, *options) == 130
+    saved = torch.load(out / "training_state.pt", weights_only=True)["progress"]["step"]
+    assert saved == (2 if every == "2" else 3)
+    assert train(target, data, out, *options, "--resume") == 0
     assert (out / "model.safetensors").is_file()
 
 
@@ -103,6 +108,19 @@ def test_a_state_that_could_not_be_written_leaves_the_one_before(
     assert "state of step 2; free some space" in capsys.readouterr().err
     assert torch.load(out / "training_state.pt", weights_only=True)["progress"]["step"] == 1
     assert train(target, data, out, "--resume") == 0
+
+
+def test_a_gpu_with_too_little_memory_is_told_in_a_line(
+    target: Path, data: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def out_of_memory(*_arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.Tensor, "backward", out_of_memory)
+    assert train(target, data, tmp_path / "out") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "too little memory (CUDA out of memory. Tried" in last
+    assert "--recompute or a larger --accumulate" in last
 
 
 def test_a_head_that_stood_there_outlives_a_full_disk(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from math import nan
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from tests.train import small
-from vllm_eagle3.corpus import Document, write_shard
+from vllm_eagle3.corpus import Document, write_json, write_shard
 from vllm_eagle3.train import fingerprint
+from vllm_eagle3.train.data import split_held_out
 from vllm_eagle3.train.features import Target
+from vllm_eagle3.train.packing import packed_batches
 from vllm_eagle3.train.settings import add_arguments, config_from_arguments
 from vllm_eagle3.train.trainer import TrainConfig, train
 
@@ -38,6 +41,21 @@ def test_a_target_with_a_scaled_rotary_embedding_is_trained_for_and_the_log_says
     assert json.loads((out / "config.json").read_text())["rope_theta"] == 5e5
 
 
+@pytest.mark.parametrize(("made_for", "told"), [("llama", []), ("another", [["another"]])])
+def test_data_of_another_target_is_told(
+    made_for: str, told: list, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens may all be within the vocabulary."""
+    small.llama().save_pretrained(tmp_path / "llama")
+    write_json(data / "metadata.json", {"target": made_for})
+    monkeypatch.chdir(tmp_path / "llama")
+    out = tmp_path / "out"
+    train(".", data, out, TrainConfig(**OPTIONS, steps=1), "cpu")
+    log = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    assert [e["data"] for e in log if e["event"] == "data of other targets"] == told
+    assert "head for llama\n" in (out / "README.md").read_text()
+
+
 def test_a_run_does_not_go_on_with_other_data_or_another_target(data: Path, tmp_path: Path) -> None:
     """EAGLE-1's vocabulary is the target's: it is the same whatever the data."""
     small.llama().save_pretrained(tmp_path / "target")
@@ -59,6 +77,55 @@ def test_a_run_does_not_go_on_with_other_data_or_another_target(data: Path, tmp_
     write_shard(data / "shard-00-00001.safetensors", small.documents(2))
     with pytest.raises(ValueError, match="different data: give the same"):
         run("target", 3)
+
+
+def spoken(prompt: int, answer: int) -> Document:
+    return Document(np.arange(3, 3 + prompt + answer), np.arange(prompt + answer) >= prompt)
+
+
+@pytest.mark.parametrize("objective", ["eagle3", "hass"])
+def test_weights_start_from_the_first_batch_that_has_an_answer(
+    objective: str, data: Path, tmp_path: Path
+) -> None:
+    """Here that of the one document in eight whose answer begins before ``max_length``."""
+    small.llama().save_pretrained(tmp_path / "target")
+    answered, cut = spoken(4, 20), spoken(40, 20)
+    write_shard(data / "shard-00-00000.safetensors", [answered, *[cut] * 7] * 2)
+    sizes = {"batch_tokens": 32, "max_length": 32, "num_ttt_steps": None, "log_every": 1}
+    config = TrainConfig(**OPTIONS | sizes, objective=objective, epochs=1)
+    train(tmp_path / "target", data, tmp_path / "out", config, "cpu")
+    lines = (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()
+    losses = [entry["loss"] for entry in map(json.loads, lines) if entry["event"] == "step"]
+    assert len(losses) > 8
+    assert 0 < losses.count(0.0) < len(losses)
+
+
+def test_an_epoch_of_more_batches_than_the_first_is_read_to_its_end(
+    data: Path, tmp_path: Path
+) -> None:
+    small.llama().save_pretrained(tmp_path / "target")
+    corpus = small.documents(61, longest=60)
+    write_shard(data / "shard-00-00000.safetensors", corpus)
+    sizes = {"batch_tokens": 128, "max_length": 128, "seed": 2, "epochs": 3}
+    config = TrainConfig(**OPTIONS | sizes)
+    known, _ = split_held_out(corpus, config.held_out, config.seed)
+    batches = [list(packed_batches(known, 128, 128, 2, 2000 + epoch)) for epoch in range(3)]
+    assert [len(epoch) for epoch in batches] == [16, 16, 17]
+    train(tmp_path / "target", data, tmp_path / "out", config, "cpu")
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert facts["steps"] == 49
+    assert facts["tokens_seen"] == sum(b.tokens_BT.numel() for epoch in batches for b in epoch)
+
+
+@pytest.mark.parametrize("document", [spoken(40, 20), spoken(4, 1), spoken(4, 0)])
+def test_data_without_an_answer_to_learn_from_is_refused(
+    document: Document, data: Path, tmp_path: Path
+) -> None:
+    small.llama().save_pretrained(tmp_path / "target")
+    write_shard(data / "shard-00-00000.safetensors", [document] * 4)
+    config = TrainConfig(**OPTIONS, max_length=32)
+    with pytest.raises(ValueError, match=r"within the first 32 tokens no document has.*--max-leng"):
+        train(tmp_path / "target", data, tmp_path / "out", config, "cpu")
 
 
 def test_fingerprints_tell_documents_and_targets_apart_but_not_precisions() -> None:
@@ -104,6 +171,8 @@ def test_a_new_run_leaves_the_state_and_the_log_of_another_as_they_are(
         ("warmup", [-0.1, 1.0, nan], [0.0, 0.99]),
         ("held_out", [-0.1, 1.0, nan], [0.0, 0.5]),
         ("ttt_decay", [0.0, -0.8, 1.1, nan], [0.1, 1.0]),
+        ("minutes", [0.0, -1.0, nan], [0.1]),
+        ("seed", [-1], [0, 7]),
     ],
 )
 def test_a_setting_out_of_its_range_is_named(
@@ -114,6 +183,13 @@ def test_a_setting_out_of_its_range_is_named(
             TrainConfig(**{setting: value})
     for value in accepted:
         assert 0 < TrainConfig(**{setting: value}).rate(0.5) < 1e-3
+
+
+@pytest.mark.parametrize("settings", [{"eval_chain": 64}, {"eval_tree": (64, 5, 16)}])
+def test_a_chain_or_tree_that_cannot_be_grown_is_named(settings: dict) -> None:
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name}={value}: ')}.*at most 63"):
+        TrainConfig(**settings)
 
 
 @pytest.mark.parametrize(("text", "shape"), [("6/2/4", (6, 2, 4)), ("31", (31, 5, 16))])

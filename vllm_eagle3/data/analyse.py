@@ -81,7 +81,7 @@ def analyse(
     """Figures of the shards in ``data_dirs``, beside those of a serving ``log``.
 
     Shares are between 0 and 1. What a tenth of the data shares with the rest is the yardstick
-    for what the log shares with it.
+    for what the log shares with it; there is none of fewer than ten documents.
 
     Args:
         tokenizer: the target's; without it clusters show token ids, and there is no log.
@@ -219,8 +219,8 @@ def _overlap(documents: Sequence[Document], traffic: _Traffic) -> dict[str, Any]
         "unreadable_lines": traffic.unreadable[:100],
         "tokens_in_data": tokens.share_of(messages),
         "4grams_in_data": ngrams.share_of(messages),
-        "held_out_tokens_in_data": tokens.share_of(turns),
-        "held_out_4grams_in_data": ngrams.share_of(turns),
+        "held_out_tokens_in_data": tokens.share_of(turns) if held_out else None,
+        "held_out_4grams_in_data": ngrams.share_of(turns) if held_out else None,
         "answer_tokens": quantiles([len(a) for a in traffic.answers]) if traffic.answers else None,
     }
 

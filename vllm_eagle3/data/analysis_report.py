@@ -54,13 +54,16 @@ def _overlap(log: dict[str, Any]) -> str:
             ["4-grams", _percent(log["4grams_in_data"]), _percent(log["held_out_4grams_in_data"])],
         ],
     )
-    alike = log["4grams_in_data"] >= _ALIKE * log["held_out_4grams_in_data"]
-    verdict = (
-        "The data resembles this log about as much as itself."
-        if alike
-        else "The data resembles this log little: let the target answer prompts of your own"
-        " traffic (vllm-eagle3 data regenerate) and add them."
-    )
+    yardstick = log["held_out_4grams_in_data"]
+    if yardstick is None:
+        verdict = "These are too few documents to tell whether the data resembles this log."
+    elif log["4grams_in_data"] >= _ALIKE * yardstick:
+        verdict = "The data resembles this log about as much as itself."
+    else:
+        verdict = (
+            "The data resembles this log little: let the target answer prompts of your own"
+            " traffic (vllm-eagle3 data regenerate) and add them."
+        )
     unreadable = f", {log['unreadable']:,} unreadable lines" if log["unreadable"] else ""
     head = f"log: {log['conversations']:,} conversations, {log['tokens']:,} tokens{unreadable}"
     return f"{head}\n\n{table}\n\n{verdict}"

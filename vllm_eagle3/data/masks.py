@@ -103,7 +103,7 @@ class ChatTemplate:
         """A conversation with the answers that it has; a last question without one is left out.
 
         Raises:
-            ValueError: no answer, or as :meth:`follow_up`.
+            ValueError: no answer, or none that has a token, or as :meth:`follow_up`.
         """
         if not chat.answers:
             raise ValueError("the conversation has no answer")
@@ -112,7 +112,10 @@ class ChatTemplate:
             if turn > 1:
                 builder.add(self.follow_up(chat, turn - 1), assistant=False)
             builder.add(self._encode(self._space + answer) + self._tail, assistant=True)
-        return builder.document()
+        document = builder.document()
+        if not len(document.tokens):
+            raise ValueError("all answers are empty")
+        return document
 
     def _render(self, chat: Chat, answers: int, *, prompt: bool) -> str:
         """Text with marks for answers; without ``prompt``, up to the last of them."""

@@ -16,8 +16,10 @@ def reading_target(target: str | Path) -> Iterator[None]:
     """Within it Transformers reads the target.
 
     Raises:
-        ValueError: there is no such folder or model, or one of its files is missing.
+        ValueError: there is no such folder or model, or one of its files is missing or damaged.
     """
+    from safetensors import SafetensorError
+
     try:
         local = is_local(target)
     except ValueError as error:
@@ -29,6 +31,10 @@ def reading_target(target: str | Path) -> Iterator[None]:
         if not local:
             reason = f"no such folder, and no model of this name can be read ({reason})"
         raise ValueError(f"--target {target}: {reason}") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"--target {target}: its weights are not whole ({error}): download them again"
+        ) from error
 
 
 def load_tokenizer(target: str | Path) -> Any:

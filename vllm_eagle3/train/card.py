@@ -17,11 +17,11 @@ def model_card(facts: dict[str, Any], data_dirs: Sequence[Path]) -> str:
         data_dirs: where the data's ``metadata.json`` may lie.
     """
     config, evaluation = facts["config"], facts["evaluation"]
-    accounts = list(map(_account, data_dirs))
+    given = accounts(data_dirs)
     kinds_of_data = dict.fromkeys(
-        data.get("description", "user turns, and the answers of the target.") for data in accounts
+        data.get("description", "user turns, and the answers of the target.") for data in given
     )
-    name = Path(facts["target"]).name
+    name = facts["target"]
     rows = "\n".join(
         f"| {step} | {loss:.3f} | {100 * accuracy:.1f} % | {100 * accepted:.1f} % |"
         for step, (loss, accuracy, accepted) in enumerate(
@@ -46,7 +46,7 @@ Of this kind: {" And: ".join(kinds_of_data)}
 {facts["documents"]:,} documents{_share(config)}, {facts["tokens"]:,} tokens, of which the
 assistant wrote
 {facts["assistant_tokens"]:,}. {_vocabulary(facts)}
-{_counts(accounts)}
+{_counts(given)}
 ## Training
 
 {_objective(facts["method"], config)}; AdamW, peak learning rate
@@ -113,14 +113,15 @@ the roots that a server would use, verified by the target:
 """
 
 
-def _account(data_dir: Path) -> dict[str, Any]:
-    path = data_dir / METADATA_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+def accounts(data_dirs: Sequence[Path]) -> list[dict[str, Any]]:
+    """What the ``metadata.json`` of each folder says; nothing where there is none."""
+    paths = [data_dir / METADATA_FILE for data_dir in data_dirs]
+    return [json.loads(path.read_text()) if path.is_file() else {} for path in paths]
 
 
-def _counts(accounts: Sequence[dict[str, Any]]) -> str:
+def _counts(given: Sequence[dict[str, Any]]) -> str:
     by_kind, left_out = Counter(), Counter()
-    for data in accounts:
+    for data in given:
         by_kind.update(data.get("documents_by_kind", {}))
         left_out.update(data.get("dropped", {}))
     if not by_kind:

@@ -18,7 +18,7 @@ class Clock:
         self._started = time.monotonic()
 
     def start(self, step: int, tokens_seen: int, num_steps: int) -> None:
-        """This part begins at ``step`` of at most ``num_steps``."""
+        """This part begins at ``step`` of about ``num_steps``."""
         self._started = time.monotonic()
         self._num_steps = num_steps
         self._tokens_before = tokens_seen
@@ -31,10 +31,11 @@ class Clock:
     def progress(self, step: int) -> float:
         """Share of the run that is over, by steps or by time, whichever ends first.
 
+        Only time makes it 1: the steps end with the data, a few more or less than was said.
         With a time limit all processes take the main one's answer: they must stop together,
         and at the same learning rate.
         """
-        by_steps = step / self._num_steps
+        by_steps = min(step, self._num_steps - 1) / self._num_steps
         if self.minutes is None:
             return by_steps
         return max(by_steps, self.world.number_of_main(self.seconds() / (60 * self.minutes)))

@@ -143,7 +143,7 @@ def failing_once() -> Iterator[None]:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device of ``--device``.
+    """The device of ``--device``; a GPU that it names becomes the current one.
 
     Args:
         device: ``"cuda"``, ``"cpu"``; None takes CUDA where there is some.
@@ -164,6 +164,8 @@ def choose_device(device: str | None) -> torch.device:
             f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here; "
             "`vllm-eagle3 doctor` says what is installed, --device cpu trains without one"
         )
+    if chosen.index is not None and chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # where Triton launches, whichever GPU the tensors are on
     return chosen
 
 

@@ -100,9 +100,7 @@ def evaluate(
     if config.eval_documents:
         chosen = documents[: config.eval_documents]
         longest = min(config.max_length, _LONGEST)
-        dtype = target.embedding.dtype
-        with torch.autocast(device.type, dtype, dtype == torch.bfloat16):
-            predicted = predict(head, target, chosen, config.trees(), longest)
+        predicted = predict(head, target, chosen, config.trees(), longest)
     return Evaluation(
         losses=mean("losses_K"),
         accuracy=mean("accuracy_K"),

@@ -240,7 +240,8 @@ def load_target(path: str | Path, dtype: torch.dtype) -> nn.Module:
     """Load a Llama checkpoint from a folder or a hub name, into the CPU's memory.
 
     Raises:
-        ValueError: the model is not a Llama, or cannot be read, or some of its weights are missing.
+        ValueError: the model is no Llama, is quantised or cannot be read, or some of its weights
+            are missing.
     """
     from transformers import LlamaForCausalLM
 
@@ -275,4 +276,9 @@ def read_target_config(path: str | Path) -> Any:
     named = " ".join(config.architectures or ())
     if "eagle" in named.lower():
         raise ValueError(f"--target {path} is a head ({named}): give the target it is for")
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"--target {path} is quantised, which PyTorch cannot run here: give the model that it "
+            "was made of"
+        )
     return config

@@ -28,7 +28,7 @@ def initialise_eagle3(head: Eagle3Head, target: Target, sample: FeatureBatch) ->
 def initialise_eagle1(head: Eagle1Head, target: Target, sample: FeatureBatch) -> None:
     """Random layer; ``fc`` sees every channel of embedding and feature at size one.
 
-    The scale is taken from pairs of a feature and the next token, both the assistant's.
+    The scale is taken from pairs of a feature and the next token, which is the assistant's.
     """
     initialise_layer(head)
     tokens_M = sample.tokens_BT[:, 1:][sample.assistant_BT[:, 1:]]

@@ -78,21 +78,36 @@ class Loader:
             )
 
     def first(self) -> TokenBatch:
-        """The first batch of the run, the same for every process."""
-        return next(self._epoch(0))
+        """The first batch of the run that has a root, the same for every process.
+
+        Raises:
+            ValueError: none has one.
+        """
+        for batch in self._epoch(0):
+            if len(counted_slots(batch.assistant_BT, 0)):
+                return batch
+        raise ValueError(
+            f"within the first {self.config.max_length} tokens no document has two tokens of the "
+            "assistant after each other, from which a head learns: raise --max-length, or give "
+            "other data"
+        )
 
     def num_steps(self) -> int:
-        """Steps of the run, if nothing ends it before: by the data, or by ``config.steps``."""
+        """Steps of the run, if no clock ends it before: ``config.steps``, or those of the data.
+
+        The latter as if all epochs had as many batches as the first: they differ by a few.
+        """
         batches = self.config.epochs * sum(1 for _ in self._epoch(0))
         by_data = -(-batches // self.group)
         return by_data if self.config.steps is None else min(by_data, self.config.steps)
 
     def steps(self, start: int, device: torch.device) -> Iterator[StepBatches]:
-        """All steps from step ``start`` on.
+        """The steps from step ``start`` on, to the end of the data or to ``config.steps``.
 
         A thread prepares the next ones meanwhile; the host waits for no transfer.
         """
-        for parts, num_tokens in ahead(self._prepared(start)):
+        left = None if self.config.steps is None else max(0, self.config.steps - start)
+        for parts, num_tokens in ahead(itertools.islice(self._prepared(start), left)):
             yield StepBatches([(batch.to(device), share) for batch, share in parts], num_tokens)
 
     def _prepared(self, start: int) -> Iterator[tuple[list[tuple[TokenBatch, float]], int]]:

@@ -109,14 +109,15 @@ class TrainConfig:
                 f"top_k_from={self.top_k_from}: objective {self.objective!r} has no top-K "
                 "distillation; leave it out, or train 'hass'"
             )
-        if self.eval_documents < 0:
-            raise ValueError(f"eval_documents={self.eval_documents} must be 0 or more")
+        for name in ("eval_documents", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
         if len(self.eval_tree) != 3:
             raise ValueError(f"eval_tree={self.eval_tree}: give draft tokens, depth and top-k")
         self.trees()
         for name in ("draft_vocab_size", "steps", "minutes", "num_ttt_steps"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive, or left out")
         for name in ("ttt_decay", "data_share"):
             value = getattr(self, name)
@@ -140,10 +141,12 @@ class TrainConfig:
         Raises:
             ValueError: no such tree can be grown.
         """
-        tokens, depth, top_k = self.eval_tree
+        chain, (tokens, depth, top_k) = self.eval_chain, self.eval_tree
         return {
-            f"chain of {self.eval_chain}": _tree(self.eval_chain, self.eval_chain, 1),
-            f"tree of {tokens}, {depth}, {top_k}": _tree(tokens, depth, top_k),
+            f"chain of {chain}": _tree(f"eval_chain={chain}", chain, chain, 1),
+            f"tree of {tokens}, {depth}, {top_k}": _tree(
+                f"eval_tree={self.eval_tree}", tokens, depth, top_k
+            ),
         }
 
     def rate(self, progress: float) -> float:
@@ -154,8 +157,11 @@ class TrainConfig:
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def _tree(num_drafts: int, depth: int, top_k: int) -> TreeConfig:
-    return TreeConfig(num_drafts, depth=depth, top_k=top_k, verify_budget=None)
+def _tree(setting: str, num_drafts: int, depth: int, top_k: int) -> TreeConfig:
+    try:
+        return TreeConfig(num_drafts, depth=depth, top_k=top_k, verify_budget=None)
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import torch
 from vllm_eagle3.corpus import read_corpus, write_json
 from vllm_eagle3.files import make_out_folder
 from vllm_eagle3.train import checkpoints, fingerprint, interruption
-from vllm_eagle3.train.card import model_card
+from vllm_eagle3.train.card import accounts, model_card
 from vllm_eagle3.train.clock import Clock
 from vllm_eagle3.train.data import drawn_share, split_held_out
 from vllm_eagle3.train.distributed import World, failing_once, is_main_process, joined
@@ -64,16 +64,22 @@ def train(
 
     Raises:
         ValueError: no data, an unsuitable target, a state of another configuration, target
-            or data, a state or a head in the way of a new run, a full disk, or a loss that is not
-            finite.
+            or data, a state or a head in the way of a new run, a full disk, too little memory on
+            the GPU, or a loss that is not finite.
     """
     given = [data_dirs] if isinstance(data_dirs, str | Path) else data_dirs
     paths = tuple(map(Path, given)), Path(out_dir)
     if not resume:
         checkpoints.refuse_overwriting(paths[1])
     read_target_config(target)  # a mistake ends here, before anything is written
-    with joined(device) as (world, chosen):
-        return _Trainer(target, *paths, config or TrainConfig(), chosen, world).train(resume)
+    try:
+        with joined(device) as (world, chosen):
+            return _Trainer(target, *paths, config or TrainConfig(), chosen, world).train(resume)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"the GPU has too little memory ({error}): give --recompute or a larger --accumulate, "
+            "or where the target alone is too large --shard-target with torchrun"
+        ) from error
 
 
 class _Trainer:
@@ -87,7 +93,8 @@ class _Trainer:
         world: World,
     ) -> None:
         self.config, self.out_dir, self.device, self.world = config, out_dir, device, world
-        self.target_name, self.data_dirs = str(target), data_dirs
+        # The name alone: a card is shared, a path is this machine's.
+        self.target_name, self.data_dirs = Path(target).absolute().name, data_dirs
         torch.manual_seed(config.seed)
         corpus = read_corpus(*data_dirs)
         make_out_folder(out_dir)
@@ -111,7 +118,8 @@ class _Trainer:
             self._loop()
             if self.saved_step != self.step:
                 self._save_state()  # before what may yet fail or be interrupted
-            self._evaluate()
+            if self.evaluation is None or self.step % self.config.eval_every:
+                self._evaluate()  # else the loop has, at this very step
             if self.world.is_main:
                 depth = self.learner.target.config.num_hidden_layers
                 export(self.learner.head, self.out_dir, self._card(), num_target_layers=depth)
@@ -138,6 +146,10 @@ class _Trainer:
         if scaling := rotary_scaling(self.learner.target.config):
             base = self.learner.head.config.rope_theta
             self.log.write("rotary embedding", target=scaling, head="not scaled", rope_theta=base)
+        made_for = {account.get("target") for account in accounts(self.data_dirs)} - {None, ""}
+        if others := sorted(made_for - {self.target_name}):
+            # Perhaps only another name; another tokenizer's tokens would be learnt as they are.
+            self.log.write("data of other targets", target=self.target_name, data=others)
 
     def _loop(self) -> None:
         self.clock.start(self.step, self.tokens_seen, self.loader.num_steps())
@@ -168,10 +180,10 @@ class _Trainer:
         if self.step % config.log_every == 0:
             self._log_step(measures, grad_norm, progress)
         self.log.advance(progress, self.tokens_seen)
+        if self.step % config.save_every == 0:
+            self._save_state()  # before the evaluation, which may fail or be interrupted
         if self.step % config.eval_every == 0:
             self._evaluate()
-        if self.step % config.save_every == 0:
-            self._save_state()
 
     def _check_finite(self) -> None:
         try:
@@ -252,8 +264,7 @@ class _Trainer:
     def _card(self) -> str:
         learner = self.learner
         facts = {
-            # The name alone: a card is shared, a path is this machine's.
-            "target": Path(self.target_name).name,
+            "target": self.target_name,
             "title": learner.objective.title,
             "method": learner.objective.method,
             "draft_vocab_size": len(learner.head.d2t),
