@@ -244,7 +244,7 @@ def test_a_mistake_is_reported_by_one_of_the_processes(paths: tuple[Path, Path])
     assert "holds a checkpoint already" in ended.stderr
 
 
-@pytest.mark.parametrize(("rank", "waited"), [("0", []), ("1", [5.0])])
+@pytest.mark.parametrize(("rank", "waited"), [("0", []), ("1", [15.0])])
 def test_what_fails_in_one_process_alone_is_reported_too(
     rank: str, waited: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ _SYNC_BUFFERS = (
 )
 # The others wait while the main process evaluates and writes.
 _PATIENCE = timedelta(hours=2)
-_GRACE = 5.0  # seconds in which torchrun ends the others, once a process has failed
+_GRACE = 15.0  # seconds in which torchrun ends the others, once a process has failed
 
 
 @dataclass(frozen=True)
