@@ -1,9 +1,12 @@
 """Files are replaced whole or not at all, and a full disk is named."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.full_disk import fill_disk_for, no_room
 from vllm_eagle3.files import replacing
@@ -24,6 +27,17 @@ def test_a_file_is_replaced_and_the_one_before_kept_where_it_is_wanted(tmp_path:
         write(path, text, previous=before)
     assert (path.read_text(), before.read_text()) == ("3", "2")
     assert names(tmp_path) == ["a", "a.before"]
+
+
+def test_others_may_read_tensors_as_they_may_any_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "a.safetensors") as scratch:
+            save_file({"x": torch.zeros(1)}, scratch)
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o640
 
 
 def test_until_the_end_the_file_is_what_it_was(tmp_path: Path) -> None:

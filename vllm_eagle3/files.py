@@ -32,6 +32,7 @@ def replacing(
     try:
         with writing(path, remedy):
             yield scratch
+            give_usual_mode(scratch)
             _flush(scratch)
             if previous is not None and path.is_file():
                 os.replace(path, previous)
@@ -59,6 +60,16 @@ def writing(path: Path, remedy: str = DEFAULT_REMEDY) -> Iterator[None]:
 
 def _is_failed_archive(error: RuntimeError) -> bool:
     return any(words in str(error) for words in _FAILED_ARCHIVE)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Let those read a file who may read any other file of this process.
+
+    safetensors 0.8 makes its files the owner's alone, whatever the umask.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def flush_folder(folder: Path) -> None:

@@ -55,7 +55,9 @@ def test_the_answers_are_kept_and_the_command_counts_the_rest(
     assert metadata["dropped_lines"][0] == f"{given}, line 2: repeated conversation"
     assert (metadata["documents"], metadata["unreadable"]) == (1, 1)
     assert metadata["assistant_tokens"] == document.assistant.sum()
-    assert "1 conversations" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "1 conversations" in shown
+    assert f"left out: {given}, line 5: " in shown
 
 
 def test_shards_hold_as_many_as_they_are_to_and_later_turns_are_cut(tmp_path: Path) -> None:

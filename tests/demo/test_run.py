@@ -66,6 +66,7 @@ def console():
 def settings(tmp_path, monkeypatch):
     """Arguments with made-up models, and an engine that drafts well or fails."""
     checkpoints.write(tmp_path / "head", checkpoints.flat(), checkpoints.tensors())
+    checkpoints.write_target(tmp_path / "target")
 
     def run_worker(job, log_path):
         drafts = job["engine"]["speculative_config"]
@@ -81,7 +82,7 @@ def settings(tmp_path, monkeypatch):
     demo.add_arguments(parser)
 
     def parse(*options):
-        fixed = ["--target", str(tmp_path), "--head", str(tmp_path / "head")]
+        fixed = ["--target", str(tmp_path / "target"), "--head", str(tmp_path / "head")]
         return parser.parse_args([*fixed, "--artifacts", str(tmp_path / "artifacts"), *options])
 
     return parse
@@ -113,6 +114,22 @@ def test_a_failure_is_shown_and_told_to_the_shell(settings, tmp_path, capsys):
 def test_a_missing_head_is_named(settings, tmp_path):
     with pytest.raises(ValueError, match="no EAGLE-3 head there"):
         demo.run(settings("--head", str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--max-tokens", "0"], "--max-tokens must be at least 1"),
+        (["--target", "/no/such"], "--target /no/such: no such folder"),
+    ],
+)
+def test_a_mistake_ends_before_an_engine_starts(settings, monkeypatch, options, said):
+    def start(job, log_path):
+        raise AssertionError("an engine started")
+
+    monkeypatch.setattr(demo, "run_worker", start)
+    with pytest.raises(ValueError, match=said):
+        demo.run(settings(*options))
 
 
 def test_markup_in_a_text_is_only_text(console):

@@ -65,6 +65,9 @@ def test_greedy_answers_are_right(checkpoint: Path) -> None:
 def test_what_is_no_such_gguf_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a file"):
         smollm2.convert(tmp_path / "out", tmp_path / "missing.gguf")
+    (tmp_path / "text.gguf").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text\.gguf is no GGUF file"):
+        smollm2.convert(tmp_path / "out", tmp_path / "text.gguf")
     with pytest.raises(ValueError, match="bfloat16, float32"):
         smollm2.convert(tmp_path / "out", dtype="int8")
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_eagle3.engine import replica_gpus, replica_processes
+from vllm_eagle3.engine import replica, replica_gpus, replica_processes
 from vllm_eagle3.engine.replica import Replica
 from vllm_eagle3.engine.replica_config import ReplicaConfig
 from vllm_eagle3.engine.replica_gpus import place, visible_gpus
@@ -78,9 +78,12 @@ def test_a_replica_sees_its_gpu_from_the_start_of_its_process(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6,7"
 
 
-@pytest.mark.parametrize(("sharing", "share"), [(1, None), (2, 0.425)])
+@pytest.mark.parametrize(
+    ("gpu", "sharing", "share"),
+    [(True, 1, None), (True, 2, 0.425), (False, 1, 0.5), (False, 2, 0.25)],
+)
 def test_memory_is_shared_with_the_replicas_on_the_same_gpu_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharing: int, share: float | None
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, sharing: int, share: float | None
 ) -> None:
     given = {}
 
@@ -89,12 +92,14 @@ def test_memory_is_shared_with_the_replicas_on_the_same_gpu_alone(
         return SimpleNamespace(llm_engine=None)
 
     monkeypatch.setattr("vllm.LLM", engine)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr(replica, "_kv_cache_bytes", lambda replicas: 1)
     started = SimpleNamespace(
         config=ReplicaConfig(replicas=4), sharing=sharing, target="target", rng=random.Random(0)
     )
     Replica._start_engine(started)
     assert given.get("gpu_memory_utilization") == share
-    assert ("kv_cache_memory_bytes" in given) is (share is not None)
+    assert ("kv_cache_memory_bytes" in given) is (sharing > 1)
 
 
 def test_the_environment_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

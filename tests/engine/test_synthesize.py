@@ -143,6 +143,23 @@ def test_a_folder_takes_shards_of_one_target_and_one_set_of_settings(
         synthesize(target, out, config)
 
 
+def test_a_run_that_wrote_nothing_leaves_the_folder_to_another(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(replica: Replica) -> None:
+        raise RuntimeError("no engine")
+
+    out, config = tmp_path / "out", SynthConfig(tokens=100, **SETTINGS)
+    monkeypatch.setattr(Replica, "_start_engine", fail)
+    with pytest.raises(RuntimeError, match="no engine"):
+        synthesize(target, out, config)
+    install(monkeypatch, ScriptedEngine(questions=questions(50)))
+    other = replace(config, kinds=(Kind("chat", "You are brief."),))
+    assert synthesize(target, out, other)["tokens"] >= 100
+    with pytest.raises(ValueError, match="another setting of kinds"):
+        synthesize(target, out, config)
+
+
 def test_long_turns_are_written_whole(
     tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,6 +180,13 @@ def test_a_head_that_is_not_here(tmp_path, capsys):
     assert "hf download" not in capsys.readouterr().err
 
 
+def test_a_target_that_is_not_here(tmp_path, capsys):
+    assert cli.main(["inspect", str(DEMO), "--target", str(tmp_path / "typo")]) == 2
+    assert f"--target {tmp_path / 'typo'}: no such folder\n" in capsys.readouterr().err
+    assert cli.main(["inspect", str(DEMO), "--target", "somebody/model"]) == 2
+    assert "`hf download somebody/model --local-dir DIR`" in capsys.readouterr().err
+
+
 def test_any_number_of_captured_states_serves_if_vllm_finds_their_layers(tmp_path, capsys):
     config = checkpoints.flat((2, 4, 6, 8))
     weights = checkpoints.tensors(captured=4)

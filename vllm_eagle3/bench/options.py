@@ -20,7 +20,7 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", required=True, help="target model: a folder or a name that vLLM loads"
     )
-    parser.add_argument("--head", required=True, help="its EAGLE-3 head")
+    parser.add_argument("--head", required=True, help="its EAGLE head")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

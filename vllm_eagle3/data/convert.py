@@ -22,6 +22,7 @@ from vllm_eagle3.files import make_out_folder
 REPEATED = "repeated conversation"
 UNANSWERED = "no answer"
 _MOST_NAMES = 100  # of lines left out in the metadata; all of them are counted
+_MOST_SHOWN = 5  # of unreadable ones on the screen
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
         args.conversations, tokenizer, args.out, config, target=Path(args.target).name
     )
     print(
-        f"{metadata['documents']:,} conversations, {metadata['tokens']:,} tokens;"
+        "".join(f"left out: {line}\n" for line in metadata["unreadable_lines"][:_MOST_SHOWN])
+        + f"{metadata['documents']:,} conversations, {metadata['tokens']:,} tokens;"
         f" {sum(metadata['dropped'].values()):,} left out,"
         f" {metadata['unreadable']:,} unreadable lines",
         file=sys.stderr,

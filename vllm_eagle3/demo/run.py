@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_eagle3.bench.configurations import PLAIN, Configuration, chain, check_plugin, parse_tree
 from vllm_eagle3.bench.jobs import WorkerError, run_worker
+from vllm_eagle3.bench.options import add_dtype, check_positive
+from vllm_eagle3.bench.pair import check_pair
 from vllm_eagle3.bench.results import Run, compare
 from vllm_eagle3.bench.tau import Tally
 from vllm_eagle3.demo.marking import CLOSE, OPEN, mark, plain_text
@@ -42,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("artifacts"),
         help="folder for the converted target and the logs (default: ./artifacts)",
     )
-    add("--prompt", nargs="+", default=list(PROMPTS), help="other prompts")
-    add("--max-tokens", type=int, default=64, help="longest answer")
-    add("--chain", type=int, default=5, help="drafts of the chain")
+    add("--prompt", nargs="+", default=list(PROMPTS), help="in place of the three built in")
+    add("--max-tokens", type=int, default=64, help="tokens of the longest answer (64)")
+    add("--chain", type=int, default=5, help="drafts of the chain (5)")
     add("--tree", default="32/6/8", help="N or N/DEPTH/TOP_K, or a static tree (default: 32/6/8)")
-    add("--dtype", help="vLLM's dtype (default: the model's; float32 without a GPU)")
+    add_dtype(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,12 +63,15 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     configurations = [PLAIN, chain(args.chain), parse_tree(args.tree, one_size=True)]
     check_plugin(configurations)
+    check_positive(args, "max_tokens")
     console.print(_legend(_coloured(console)))
     if not (args.head / "config.json").is_file():
         raise ValueError(f"--head {args.head}: no EAGLE-3 head there (config.json is missing)")
-    target = args.target or _converted_target(args.artifacts / "smollm2-135m-instruct", console)
+    if args.target is not None:
+        check_pair(args, configurations)
     log_dir = args.artifacts / "demo-logs"
     log_dir.mkdir(parents=True, exist_ok=True)
+    target = args.target or _converted_target(args.artifacts / "smollm2-135m-instruct", console)
 
     runs: list[Run] = []
     for number, configuration in enumerate(configurations, 1):

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_eagle3.files import give_usual_mode
+
 if TYPE_CHECKING:
     import torch
 
@@ -55,7 +57,7 @@ def convert(out_dir: Path, gguf_path: Path | None = None, dtype: str = "bfloat16
         ``out_dir``.
 
     Raises:
-        ValueError: the package or file is missing, the GGUF is not a Llama with a GPT-2
+        ValueError: the package or file is missing, it is not a Llama's GGUF with a GPT-2
             tokenizer, ``dtype`` is neither of the two, or ``out_dir`` holds another checkpoint.
     """
     import torch
@@ -68,7 +70,10 @@ def convert(out_dir: Path, gguf_path: Path | None = None, dtype: str = "bfloat16
     path = _packaged_gguf() if gguf_path is None else Path(gguf_path)
     if not path.is_file():
         raise ValueError(f"gguf_path={str(path)!r} is not a file: give the path of a GGUF model")
-    reader = GGUFReader(path)
+    try:
+        reader = GGUFReader(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no GGUF file ({error})") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     kind = fields.get("general.architecture"), fields.get("tokenizer.ggml.model")
     if kind != ("llama", "gpt2"):
@@ -86,6 +91,7 @@ def convert(out_dir: Path, gguf_path: Path | None = None, dtype: str = "bfloat16
         for name, weight in _weights(reader, config).items()
     }
     save_file(weights, out_dir / "model.safetensors", metadata={"format": "pt"})
+    give_usual_mode(out_dir / "model.safetensors")
     _write_json(out_dir / "generation_config.json", _generation_config(fields))
     _write_tokenizer(out_dir, fields)
     return out_dir

@@ -13,6 +13,7 @@ from vllm_eagle3.engine.shard_writer import REMEDY, add_shard, next_shard_path
 from vllm_eagle3.engine.turn import Completion, Turn
 
 _DEVICE_SHARE = 0.85  # of a GPU's memory, for all replicas on it
+_MACHINE_SHARE = 0.5  # of the machine's, without a GPU: vLLM refuses a share that is not free
 
 
 class Replica(ABC):
@@ -104,6 +105,7 @@ class Replica(ABC):
         return self.deadline is not None and time.time() > self.deadline
 
     def _start_engine(self) -> None:
+        import torch
         from vllm import LLM
 
         config = self.config
@@ -118,6 +120,8 @@ class Replica(ABC):
             # Profiling cannot tell the replicas' memory apart; a fixed share can.
             arguments["gpu_memory_utilization"] = _DEVICE_SHARE / self.sharing
             arguments["kv_cache_memory_bytes"] = _kv_cache_bytes(self.sharing)
+        if not torch.cuda.is_available():
+            arguments["gpu_memory_utilization"] = _MACHINE_SHARE / self.sharing
         # The engine's own loop, not LLM.generate: a finished turn makes room for the next at
         # once, and the time limit needs no full batch to end.
         self.llm = LLM(self.target, **(arguments | config.engine_args))

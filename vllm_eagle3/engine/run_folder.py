@@ -12,6 +12,8 @@ from vllm_eagle3.files import make_out_folder
 def claim_folder(out_dir: Path, file_name: str, identity: dict[str, Any]) -> None:
     """Let ``out_dir`` hold the shards of this run, or see that it does already.
 
+    A run that ended before its first shard leaves the folder to any other.
+
     Args:
         file_name: of the JSON file in ``out_dir`` that says whose folder it is.
         identity: what must be equal for a rerun to go on: settings as JSON values, by name.
@@ -21,7 +23,8 @@ def claim_folder(out_dir: Path, file_name: str, identity: dict[str, Any]) -> Non
             read or written.
     """
     path = out_dir / file_name
-    if path.is_file():
+    has_shards = any(shard_paths(out_dir))
+    if has_shards and path.is_file():
         try:
             before = json.loads(path.read_text())
         except ValueError as error:
@@ -33,7 +36,7 @@ def claim_folder(out_dir: Path, file_name: str, identity: dict[str, Any]) -> Non
                     f" {value}): give the same again, or another folder for --out"
                 )
         return
-    if any(shard_paths(out_dir)):
+    if has_shards:
         raise ValueError(f"{out_dir} holds other training data: choose another folder for --out")
     make_out_folder(out_dir, REMEDY)
     write_json(path, identity, REMEDY)

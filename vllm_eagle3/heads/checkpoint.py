@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_eagle3.heads.files import (
     TensorEntry,
+    download_remedy,
     pickled_files,
     read_config,
     read_entries,
@@ -50,11 +51,7 @@ class Checkpoint:
         """
         root = Path(path).expanduser()
         if not root.is_dir():
-            remedy = "give the folder of a head"
-            if len(root.parts) == 2 and not root.is_absolute():
-                remedy += (
-                    f"; one of this name is downloaded by `hf download {path} --local-dir DIR`"
-                )
+            remedy = f"give the folder of a head{download_remedy(root)}"
             raise ValueError(f"{path}: no such directory: {remedy}")
         config = read_config(root)
         files = safetensors_files(root) or pickled_files(root)

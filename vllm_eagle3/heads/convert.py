@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_eagle3.files import writing
+from vllm_eagle3.files import give_usual_mode, writing
 from vllm_eagle3.heads import conventions
 from vllm_eagle3.heads.checkpoint import Checkpoint
 from vllm_eagle3.heads.description import EAGLE3, EAGLE31, HeadDescription, describe
@@ -164,5 +164,6 @@ def _write(out_dir: Path, config: dict[str, Any], tensors: "dict[str, torch.Tens
     with writing(out_dir, "free some space, or give another OUT"):
         out_dir.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
+        give_usual_mode(out_dir / "model.safetensors")
         # Last: a folder without a config is no head, so an interrupted conversion is none either.
         (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")

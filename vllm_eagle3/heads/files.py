@@ -18,6 +18,13 @@ class TensorEntry(NamedTuple):
     num_bytes: int
 
 
+def download_remedy(path: Path) -> str:
+    """How to get a model whose name on the hub was given for its folder; else nothing."""
+    if len(path.parts) != 2 or path.is_absolute():
+        return ""
+    return f"; one of this name is downloaded by `hf download {path} --local-dir DIR`"
+
+
 def read_config(root: Path) -> dict[str, Any]:
     """``config.json`` of a checkpoint.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_eagle3.heads.files import read_config
+from vllm_eagle3.heads.files import download_remedy, read_config
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,12 @@ class TargetShape:
         """From ``config.json``; a multimodal model's text part.
 
         Raises:
-            ValueError: no config, or one without these sizes.
+            ValueError: no such folder, no config, or one without these sizes.
         """
-        config = read_config(Path(path).expanduser())
+        root = Path(path).expanduser()
+        if not root.is_dir():
+            raise ValueError(f"--target {path}: no such folder{download_remedy(root)}")
+        config = read_config(root)
         text = config.get("text_config") or config
         missing = {"hidden_size", "vocab_size", "num_hidden_layers"} - set(text)
         if missing:
