@@ -154,8 +154,9 @@ def test_a_run_that_wrote_nothing_leaves_the_folder_to_another(
     with pytest.raises(RuntimeError, match="no engine"):
         synthesize(target, out, config)
     install(monkeypatch, ScriptedEngine(questions=questions(50)))
+    (out / "replica-07.json").write_text('{"tokens": 1000000}')  # it had more replicas
     other = replace(config, kinds=(Kind("chat", "You are brief."),))
-    assert synthesize(target, out, other)["tokens"] >= 100
+    assert 100 <= synthesize(target, out, other)["tokens"] < 1000
     with pytest.raises(ValueError, match="another setting of kinds"):
         synthesize(target, out, config)
 

@@ -39,4 +39,6 @@ def claim_folder(out_dir: Path, file_name: str, identity: dict[str, Any]) -> Non
     if has_shards:
         raise ValueError(f"{out_dir} holds other training data: choose another folder for --out")
     make_out_folder(out_dir, REMEDY)
+    for status in out_dir.glob("replica-*.json"):  # of a run that wrote nothing
+        status.unlink()
     write_json(path, identity, REMEDY)
