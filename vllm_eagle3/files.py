@@ -32,7 +32,7 @@ def replacing(
     try:
         with writing(path, remedy):
             yield scratch
-            give_usual_mode(scratch)
+            _give_usual_mode(scratch)
             _flush(scratch)
             if previous is not None and path.is_file():
                 os.replace(path, previous)
@@ -62,7 +62,7 @@ def _is_failed_archive(error: RuntimeError) -> bool:
     return any(words in str(error) for words in _FAILED_ARCHIVE)
 
 
-def give_usual_mode(path: Path) -> None:
+def _give_usual_mode(path: Path) -> None:
     """Let those read a file who may read any other file of this process.
 
     safetensors 0.8 makes its files the owner's alone, whatever the umask.

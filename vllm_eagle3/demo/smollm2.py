@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_eagle3.files import give_usual_mode
+from vllm_eagle3.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +90,9 @@ def convert(out_dir: Path, gguf_path: Path | None = None, dtype: str = "bfloat16
         name: weight.to(dtypes[dtype]).contiguous()
         for name, weight in _weights(reader, config).items()
     }
-    save_file(weights, out_dir / "model.safetensors", metadata={"format": "pt"})
-    give_usual_mode(out_dir / "model.safetensors")
+    remedy = "free some space, or give another folder"
+    with replacing(out_dir / "model.safetensors", remedy) as scratch:
+        save_file(weights, scratch, metadata={"format": "pt"})
     _write_json(out_dir / "generation_config.json", _generation_config(fields))
     _write_tokenizer(out_dir, fields)
     return out_dir

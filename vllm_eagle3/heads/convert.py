@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_eagle3.files import give_usual_mode, writing
+from vllm_eagle3.files import replacing, writing
 from vllm_eagle3.heads import conventions
 from vllm_eagle3.heads.checkpoint import Checkpoint
 from vllm_eagle3.heads.description import EAGLE3, EAGLE31, HeadDescription, describe
@@ -161,9 +161,10 @@ def _is_targets(embedding: "torch.Tensor", target_dir: Path) -> bool:
 def _write(out_dir: Path, config: dict[str, Any], tensors: "dict[str, torch.Tensor]") -> None:
     from safetensors.torch import save_file
 
-    with writing(out_dir, "free some space, or give another OUT"):
+    remedy = "free some space, or give another OUT"
+    with writing(out_dir, remedy):
         out_dir.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, out_dir / "model.safetensors", metadata={"format": "pt"})
-        give_usual_mode(out_dir / "model.safetensors")
+        with replacing(out_dir / "model.safetensors", remedy) as scratch:
+            save_file(tensors, scratch, metadata={"format": "pt"})
         # Last: a folder without a config is no head, so an interrupted conversion is none either.
         (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
